@@ -1,0 +1,327 @@
+"""Every way a call can be refused or fail, and the one place that turns it into an HTTP answer.
+
+Each class below is a row of the table: status, OpenAI error type, code, default message. Raise one
+anywhere between the request and the answer; `install` renders it. Messages are our own words: no text
+of the request ever appears in one.
+"""
+
+import math
+import sys
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, ClassVar
+
+import orjson
+import structlog
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = structlog.get_logger(__name__)
+
+
+class APIError(Exception):
+    """A call's end, as the caller sees it."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+    default: ClassVar[str] = "Something went wrong on our side."
+    is_permanent: ClassVar[bool] = False
+    """Sent as `x-should-retry: false`: OpenAI's SDKs otherwise retry 409, 429 and every 5xx."""
+    default_retry_s: ClassVar[float | None] = None
+    problem: ClassVar[str] = "about:blank"
+    """The type URI of the RFC 9457 form."""
+    extra_headers: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(
+        self, message: str | None = None, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message or self.default)
+        self.message = message or self.default
+        self.param = param
+        """The request's field, as a dotted path."""
+        self.retry_after_s = self.default_retry_s if retry_after_s is None else retry_after_s
+
+
+class InvalidRequest(APIError):
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+    default = "The request cannot be understood."
+
+
+class InvalidJSON(InvalidRequest):
+    code, default = "invalid_json", "The body is not valid JSON."
+
+
+class InvalidEncoding(InvalidRequest):
+    code, default = "invalid_encoding", "The body is not UTF-8 without a byte order mark."
+
+
+class JSONTooDeep(InvalidRequest):
+    code, default = "json_too_deep", "The body is nested too deeply."
+
+
+class DuplicateKey(InvalidRequest):
+    code, default = "duplicate_key", "An object of the body has the same key twice."
+
+
+class NonFiniteNumber(InvalidRequest):
+    code, default = "non_finite_number", "NaN, Infinity and numbers beyond a double's range are not allowed."
+
+
+class NumberOutOfRange(InvalidRequest):
+    code, default = "number_out_of_range", "A number is out of range."
+
+
+class PayloadTooLarge(InvalidRequest):
+    status, code, default = 413, "payload_too_large", "The body is too large."
+
+
+class UnsupportedMediaType(InvalidRequest):
+    status, code, default = 415, "unsupported_media_type", "Content-Type must be application/json (UTF-8)."
+
+
+class UnsupportedContentEncoding(InvalidRequest):
+    status, code, default = 415, "unsupported_content_encoding", "The body must not be compressed."
+
+
+class InvalidValue(InvalidRequest):
+    code, default = "validation_error", "A field has the wrong type or an impossible value."
+
+
+class UnknownField(InvalidRequest):
+    code, default = "unknown_field", "The request has a field that this endpoint does not know."
+
+
+class UnsupportedParameter(InvalidRequest):
+    code, default = "unsupported_parameter", "A parameter is known but cannot be honoured."
+
+
+class InvalidPrompt(InvalidRequest):
+    code, default = "invalid_prompt", "The prompt is empty or cannot be used with this model."
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code, default = "context_length_exceeded", "The prompt does not fit the model's context."
+
+
+class ModelNotFound(InvalidRequest):
+    status, code, default = 404, "model_not_found", "The model does not exist here, or does not do this task."
+
+
+class JobNotFound(InvalidRequest):
+    status, code, default = 404, "job_not_found", "There is no such job."
+
+
+class NotFound(InvalidRequest):
+    status, code, default = 404, "not_found", "There is no such path."
+
+
+class MethodNotAllowed(InvalidRequest):
+    status, code, default = 405, "method_not_allowed", "The path exists, but not with this method."
+
+
+class Unauthorized(APIError):
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+    default = "A valid API key is needed: send `Authorization: Bearer <key>`."
+    extra_headers = {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(APIError):
+    status, type, code, default = 403, "permission_error", "forbidden", "This API key may not do that."
+
+
+class ConflictState(InvalidRequest):
+    status, code, default = 409, "conflict_state", "The job's state does not allow that."
+    is_permanent = True
+
+
+class JobCancelled(InvalidRequest):
+    status, code, default = 409, "job_cancelled", "The job was cancelled."
+    is_permanent = True
+
+
+class RateLimited(APIError):
+    status, type, code = 429, "rate_limit_error", "rate_limited"
+    default = "The API key's rate limit is reached."
+    default_retry_s = 1.0
+    problem = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+
+
+class QueueFull(APIError):
+    status, type, code = 429, "rate_limit_error", "queue_full"
+    default = "The model's queue is full."
+    default_retry_s = 1.0
+    problem = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
+
+
+class BackendFailed(APIError):
+    """The backend's own attempts are used up by the time a caller sees this, so it is permanent."""
+
+    status, code, default = 502, "backend_error", "The backend could not complete the job."
+    is_permanent = True
+
+
+class AttemptsExhausted(BackendFailed):
+    code, default = "attempts_exhausted", "The job failed on every attempt."
+
+
+class ModelUnavailable(APIError):
+    status, code, default = 503, "model_unavailable", "No worker of this model is up."
+    default_retry_s = 5.0
+    problem = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
+
+
+class DependencyUnavailable(APIError):
+    status, code, default = 503, "dependency_unavailable", "A service that the gateway needs is not reachable."
+    default_retry_s = 2.0
+
+
+class JobExpired(APIError):
+    status, type, code, default = 504, "timeout_error", "job_expired", "The job's deadline passed."
+    is_permanent = True
+
+
+class OnlyIfCached(APIError):
+    status, code, default = 504, "only_if_cached", "The answer is not cached, and only-if-cached was asked for."
+    is_permanent = True
+
+
+class InternalError(APIError):
+    """The last resort. Every other way to fail has its own row."""
+
+
+def _tree(root: type[APIError]) -> list[type[APIError]]:
+    return [root, *(found for child in root.__subclasses__() for found in _tree(child))]
+
+
+TABLE: Mapping[str, type[APIError]] = {row.code: row for row in _tree(APIError)} | {"internal_error": InternalError}
+"""Code → class."""
+
+
+def as_dict(error: APIError) -> dict[str, str | None]:
+    """OpenAI's error object; its four keys are always there."""
+    return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+
+
+def render(error: APIError, *, request_id: str | None = None, accept: str = "") -> Response:
+    """OpenAI's body, or RFC 9457's where `accept` names application/problem+json."""
+    headers = dict(error.extra_headers)
+    if request_id:
+        headers["x-request-id"] = request_id
+    if error.is_permanent:
+        headers["x-should-retry"] = "false"
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
+    if "application/problem+json" in accept.lower():
+        body, media_type = _problem(error, request_id), "application/problem+json"
+    else:
+        body, media_type = {"error": as_dict(error)}, "application/json"
+    return Response(orjson.dumps(body), error.status, headers, media_type)
+
+
+def stream_error(error: APIError) -> bytes:
+    """The SSE event that ends a stream badly. No `[DONE]` follows it."""
+    return b"data: " + orjson.dumps({"error": as_dict(error)}) + b"\n\n"
+
+
+def from_job(error: Mapping[str, Any]) -> APIError:
+    """The error a job ended with, `{code, message, param?}`, as its caller sees it. A code that is not
+    in the table, or that would blame the gateway, becomes backend_error."""
+    found = TABLE.get(str(error.get("code")), BackendFailed)
+    row = BackendFailed if found.status == 500 else found
+    return row(error.get("message"), param=error.get("param"))
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure of `app` from the table. Call after its other middleware is added, so that
+    failures of those are answered too."""
+    app.add_exception_handler(APIError, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_framework_validation)
+    app.add_middleware(_LastResort)
+
+
+def _problem(error: APIError, request_id: str | None) -> dict[str, Any]:
+    title = HTTPStatus(error.status).phrase
+    body = {"type": error.problem, "title": title, "status": error.status, "detail": error.message}
+    known = {"code": error.code, "param": error.param, "request_id": request_id}
+    return body | {name: value for name, value in known.items() if value is not None}
+
+
+def _answer(request: Request, error: APIError) -> Response:
+    request_id = getattr(request.state, "request_id", None)
+    return render(error, request_id=request_id, accept=request.headers.get("accept", ""))
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return _answer(request, error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """What the framework raises by itself: routing, and bodies that routes left to it."""
+    assert isinstance(error, HTTPException)
+    row = _BY_STATUS.get(error.status_code) or (InvalidRequest if error.status_code < 500 else InternalError)
+    response = _answer(request, row())
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_framework_validation(request: Request, error: Exception) -> Response:
+    """Path and query parameters. The framework's own answer repeats the input; this names the field."""
+    assert isinstance(error, RequestValidationError)
+    first: dict[str, Any] = dict(error.errors()[0]) if error.errors() else {}
+    where = [str(part) for part in first.get("loc", ())[1:]]
+    is_declared = first.get("type") != "extra_forbidden"
+    return _answer(request, InvalidValue(param=".".join(where) if where and is_declared else None))
+
+
+_BY_STATUS = {
+    row.status: row for row in (NotFound, MethodNotAllowed, Unauthorized, Forbidden, PayloadTooLarge, RateLimited)
+} | {415: UnsupportedMediaType, 503: DependencyUnavailable}
+
+
+class _LastResort:
+    """Answers what nothing else caught, and logs its type and place but not its text: messages of
+    foreign exceptions may hold parts of a request. The server's own handler would print the traceback.
+
+    Once an answer has begun it cannot be replaced: returning without its end makes the server close the
+    connection, which a client sees as a truncated answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        has_begun = False
+
+        async def watch(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = has_begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watch)
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            request = Request(scope)
+            request_id = getattr(request.state, "request_id", None)
+            log.error("internal_error", error=type(error).__name__, place=_place(), request_id=request_id)
+            if not has_begun:
+                await _answer(request, error if isinstance(error, APIError) else InternalError())(scope, receive, send)
+
+
+def _place() -> str:
+    """Where the exception now being handled was raised, as file:line."""
+    trace = sys.exc_info()[2]
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""

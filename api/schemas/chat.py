@@ -1,0 +1,73 @@
+"""POST /v1/chat/completions: OpenAI's request, with vLLM's extra sampling fields."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from api.schemas.fields import FALSE, MESSAGE_NO_EFFECT, NOTHING, Messages
+from api.schemas.sampling import SAMPLING_NO_EFFECT, Sampling
+from tasks.call import Call
+
+
+class ChatRequest(Sampling):
+    """Text in, text out: no tools, no structured output, no other modality."""
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1, description="The same as max_tokens.")] | None = (
+        None
+    )
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    no_effect: ClassVar = {
+        **SAMPLING_NO_EFFECT,
+        **MESSAGE_NO_EFFECT,
+        "audio": NOTHING,
+        "modalities": (None, ["text"]),
+        "prediction": NOTHING,
+        "web_search_options": NOTHING,
+        "reasoning_effort": (None, "none"),
+        "verbosity": (None, "medium"),
+        "tools": (None, []),
+        "tool_choice": (None, "none", "auto"),
+        "parallel_tool_calls": (None, True, False),
+        "functions": (None, []),
+        "function_call": (None, "none", "auto"),
+        "best_of": (None, 1),
+        "echo": FALSE,
+        "add_generation_prompt": (None, True),
+        "continue_final_message": FALSE,
+        "add_special_tokens": FALSE,
+        "documents": (None, []),
+        "chat_template": NOTHING,
+        "chat_template_kwargs": (None, {}),
+    }
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "is only allowed with logprobs: true")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise PydanticCustomError("max_tokens", "must equal max_completion_tokens where both are given")
+        if self.min_tokens and (most := self.max_completion_tokens or self.max_tokens) and self.min_tokens > most:
+            raise PydanticCustomError("min_tokens", "must not be greater than max_tokens")
+        return self
+
+    def to_call(self) -> Call:
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return Call(
+            endpoint="/v1/chat/completions",
+            task="generate",
+            model=self.model,
+            messages=[message.as_dict() for message in self.messages],
+            n=self.n or 1,
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            params=self.params(logprobs),
+            stop=self.stops(),
+            stream=bool(self.stream),
+            include_usage=self.include_usage,
+            format={} if logprobs is None else {"top_logprobs": logprobs},
+            options=self.options.given() if self.options else {},
+        )

@@ -1,0 +1,194 @@
+"""What the wire models share: their strictness, the bounds of common fields, and texts in their forms."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from tasks.call import Call
+
+MAX_TOKEN_ID = 2**31 - 1
+
+
+class WireModel(BaseModel):
+    """An object of the wire. JSON types are not converted into each other, unknown fields are refused,
+    and null stands for "not given"."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    no_effect: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Known fields that cannot be honoured, by dotted path without indices, and the values that ask for
+    nothing. Looked at only when validation has failed, so that they cost other requests nothing."""
+
+
+class CallModel(WireModel):
+    """The body of an inference endpoint."""
+
+    def to_call(self) -> Call:
+        """The same value for every body that means the same."""
+        raise NotImplementedError
+
+
+NOTHING = (None,)
+FALSE = (None, False)
+
+COMMON_NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
+    "truncate_prompt_tokens": NOTHING,
+    "truncation_side": NOTHING,
+    "priority": (None, 0),
+    "request_id": NOTHING,
+    "cache_salt": NOTHING,
+    "mm_processor_kwargs": NOTHING,
+}
+"""vLLM's fields of every task."""
+
+
+def _join_parts(value: Any) -> Any:
+    """Content as one string. Text parts are joined as they are, without a separator."""
+    if type(value) is not list:
+        return value
+    if not value:
+        raise PydanticCustomError("validation_error", "must have at least one part")
+    for part in value:
+        if type(part) is not dict or type(part.get("type")) is not str:
+            raise PydanticCustomError("validation_error", "parts must be objects with a type")
+        if part["type"] not in {"text", "input_text"}:
+            raise PydanticCustomError("unsupported_parameter", "can only have text parts")
+        if part.keys() != {"type", "text"} or type(part["text"]) is not str:
+            raise PydanticCustomError("validation_error", "text parts must have a type and a text, no more")
+    return "".join(part["text"] for part in value)
+
+
+def _as_inputs(value: Any) -> Any:
+    """One text, many texts, one list of token ids or many, as a list of texts or of lists."""
+    if type(value) is str:
+        value = [value]
+    if type(value) is not list:
+        raise PydanticCustomError("validation_error", "must be a string, or a list of strings or of token ids")
+    if not value:
+        raise PydanticCustomError("invalid_prompt", "must not be empty")
+    kinds = set(map(type, value))
+    if kinds == {int}:
+        value, kinds = [value], {list}
+    if kinds == {str}:
+        if "" in value:
+            raise PydanticCustomError("invalid_prompt", "must not have empty strings")
+    elif kinds == {list}:
+        for tokens in value:
+            _check_tokens(tokens)
+    else:
+        raise PydanticCustomError("validation_error", "must be a string, or a list of strings or of token ids")
+    return value
+
+
+def _check_tokens(tokens: list[Any]) -> None:
+    if not tokens:
+        raise PydanticCustomError("invalid_prompt", "must not have empty lists of token ids")
+    if set(map(type, tokens)) != {int}:
+        raise PydanticCustomError("validation_error", "must have only integers in a list of token ids")
+    if min(tokens) < 0 or max(tokens) > MAX_TOKEN_ID:
+        raise PydanticCustomError("number_out_of_range", "has a token id that no vocabulary has")
+
+
+def _as_documents(value: Any) -> Any:
+    """Documents as texts; `{"text": …}` is Cohere's other way to write one."""
+    if type(value) is not list:
+        raise PydanticCustomError("validation_error", "must be a list of strings")
+    texts = [item["text"] if type(item) is dict and item.keys() == {"text"} else item for item in value]
+    if set(map(type, texts)) - {str}:
+        raise PydanticCustomError("validation_error", 'must have only strings, or objects {"text": string}')
+    if "" in texts:
+        raise PydanticCustomError("invalid_prompt", "must not have empty strings")
+    return texts
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if type(value) is str else value
+
+
+_TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_INPUTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        _TOKENS_SCHEMA,
+        {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1},
+    ]
+}
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+                "additionalProperties": False,
+            },
+        },
+    ]
+}
+_DOCUMENTS_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+        ]
+    },
+}
+
+ModelName = Annotated[str, Field(min_length=1, max_length=256, description="A model, an alias, or auto.")]
+Content = Annotated[str, BeforeValidator(_join_parts), WithJsonSchema(_CONTENT_SCHEMA)]
+Inputs = Annotated[list[Any], BeforeValidator(_as_inputs), WithJsonSchema(_INPUTS_SCHEMA)]
+Documents = Annotated[list[Any], BeforeValidator(_as_documents), Field(min_length=1), WithJsonSchema(_DOCUMENTS_SCHEMA)]
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=16)
+]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+Label = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)]
+
+
+class EchoOptions(WireModel):
+    """How the echo runtime should behave. No other runtime has options."""
+
+    first_token_ms: Annotated[float, Field(ge=0, le=600_000)] | None = None
+    token_ms: Annotated[float, Field(ge=0, le=600_000)] | None = None
+    num_tokens: Annotated[int, Field(ge=1, le=131_072)] | None = None
+    fail: Literal["error", "invalid", "dead", "exit"] | None = None
+    fail_after: Annotated[int, Field(ge=0, le=131_072)] | None = None
+
+    def given(self) -> dict[str, str | int | float]:
+        return {name: value for name, value in self if value is not None}
+
+
+class Message(WireModel):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+    def as_dict(self) -> dict[str, str]:
+        """`developer` is the newer name of `system`; chat templates know only the older."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=2048)]
+
+MESSAGE_NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
+    "messages.name": NOTHING,
+    "messages.refusal": NOTHING,
+    "messages.audio": NOTHING,
+    "messages.annotations": (None, []),
+    "messages.tool_calls": (None, []),
+    "messages.function_call": NOTHING,
+    "messages.tool_call_id": NOTHING,
+    "messages.reasoning": NOTHING,
+    "messages.reasoning_content": NOTHING,
+}
+"""Fields of an answer's message that clients send back as they got them."""

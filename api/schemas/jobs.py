@@ -1,0 +1,19 @@
+"""POST /v1/jobs: any inference request, to be run without anybody waiting for it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from api.schemas.fields import Metadata, WireModel
+
+
+class JobRequest(WireModel):
+    """An inference endpoint and the body it would get."""
+
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify", "/v1/rerank"]
+    body: dict[str, Any]
+    metadata: Metadata | None = None
+    timeout_s: (
+        Annotated[float, Field(gt=0, le=604_800, description="Seconds until the job expires if it has not ended.")]
+        | None
+    ) = None

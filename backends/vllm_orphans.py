@@ -1,0 +1,67 @@
+"""Ties vLLM's processes to the worker that started them.
+
+vLLM runs an EngineCore process and, below it, one process per device. When the worker is killed with
+SIGKILL they stay alive for good and keep the device's memory (measured with vLLM 0.32), so a restarted
+worker cannot load its model. vLLM calls `register` in each of its processes, because it is a
+`vllm.general_plugins` entry point of this distribution; the kernel then does the rest.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from importlib.metadata import entry_points
+
+HOLDER_ENV = "SWITCHYARD_VLLM_HOLDER"
+"""Process id of the worker. Unset (a vLLM that is not ours): the plugin does nothing."""
+
+STOP_SIGNAL = signal.SIGUSR1
+"""Asks an EngineCore to shut down, in SIGTERM's stead."""
+
+_GROUP = "vllm.general_plugins"
+_NAME = "switchyard_orphans"
+_PR_SET_PDEATHSIG = 1
+
+
+class PluginMissingError(RuntimeError):
+    """vLLM would not load `register`; the message says what to do."""
+
+
+def arm() -> None:
+    """In the worker, before it creates an engine: the processes to come will be tied to this one."""
+    if not entry_points(group=_GROUP, name=_NAME):
+        raise PluginMissingError(f"entry point {_NAME!r} of {_GROUP!r} is not installed; run `pip install -e .`")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and _NAME not in allowed.split(","):
+        os.environ["VLLM_PLUGINS"] = f"{allowed},{_NAME}"
+    os.environ[HOLDER_ENV] = str(os.getpid())
+
+
+def register() -> None:
+    """In an EngineCore or device process: die with the parent, and leave SIGTERM and SIGINT to the worker.
+
+    The parent-death signal is sent when the *thread* that started this process ends, so the worker
+    must keep the thread that calls `Backend.start` for as long as it serves.
+    """
+    holder = os.environ.get(HOLDER_ENV)
+    parent = multiprocessing.parent_process()
+    if holder is None or parent is None or int(holder) == os.getpid():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    # The parent may have died between starting this process and the call above.
+    if os.getppid() != parent.pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _leave_termination_to_the_worker()
+
+
+def _leave_termination_to_the_worker() -> None:
+    """Ignore SIGTERM and SIGINT; what vLLM does on SIGTERM moves to STOP_SIGNAL.
+
+    A stop often reaches the whole process group or control group. The worker drains; a device process
+    that exited on its own SIGTERM would take the running sequences with it.
+    """
+    signal.signal(STOP_SIGNAL, signal.getsignal(signal.SIGTERM))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

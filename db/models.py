@@ -1,0 +1,199 @@
+"""The tables, and the states a job goes through.
+
+SQLAlchemy declares the schema here and Alembic migrates to it; the statements of the hot path are
+plain SQL in `db.jobs`, `db.cache`, `db.workers` and `db.request_log`, run by `db.lanes`.
+"""
+
+import datetime
+import enum
+import uuid
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, LargeBinary, Text, text
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class JobStatus(enum.StrEnum):
+    """Where a job is. `TRANSITIONS` is the whole state machine."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED})
+
+TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.QUEUED: frozenset(
+        {JobStatus.RUNNING, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED}
+    ),
+    # Running goes back to queued when its worker died (rescue), drained or failed an attempt.
+    JobStatus.RUNNING: frozenset({JobStatus.QUEUED, *TERMINAL}),
+    **{status: frozenset() for status in TERMINAL},
+}
+
+_TIMESTAMP = TIMESTAMP(timezone=True)
+_NOW = text("clock_timestamp()")
+_STATUSES = ", ".join(f"'{status}'" for status in JobStatus)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class ApiKey(Base):
+    """A caller's key. Only its SHA-256 is kept: 256 random bits need no slow hash."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(Text)
+    name: Mapped[str] = mapped_column(Text)
+    prefix: Mapped[str] = mapped_column(Text)
+    hash: Mapped[bytes] = mapped_column(LargeBinary, unique=True)
+    is_admin: Mapped[bool] = mapped_column(server_default=text("false"))
+    created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    expires_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    revoked_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+
+
+class Worker(Base):
+    """One life of one worker process. Its lease covers every job it runs; a dead row never comes back."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
+    backend: Mapped[str] = mapped_column(Text)
+    pid: Mapped[int]
+    state: Mapped[str] = mapped_column(Text)
+    slots: Mapped[int]
+    models: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    stats: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=text("'{}'"))
+    started_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    ready_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    heartbeat_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    lease_until: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP)
+
+    __table_args__ = (
+        CheckConstraint("state IN ('loading', 'ready', 'draining', 'dead')", name="workers_state"),
+        Index("workers_alive", "backend", postgresql_where=text("state <> 'dead'")),
+        {"postgresql_with": {"fillfactor": "50"}},
+    )
+
+
+class Job(Base):
+    """The durable record of one call."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(Text)
+    api_key_id: Mapped[uuid.UUID | None]
+    request_id: Mapped[str] = mapped_column(Text)
+    endpoint: Mapped[str] = mapped_column(Text)
+    task: Mapped[str] = mapped_column(Text)
+    requested_model: Mapped[str] = mapped_column(Text)
+    model: Mapped[str] = mapped_column(Text)
+    model_revision: Mapped[str] = mapped_column(Text)
+    backend: Mapped[str] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(Text, server_default=text("'queued'"))
+    is_stream: Mapped[bool] = mapped_column(server_default=text("false"))
+    payload: Mapped[bytes] = mapped_column(LargeBinary)
+    metadata_: Mapped[dict[str, str] | None] = mapped_column("metadata", JSONB)
+    decision: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    cache_verdict: Mapped[str] = mapped_column(Text)
+    cache_key: Mapped[bytes | None] = mapped_column(LargeBinary)
+    cache_ttl_s: Mapped[int | None]
+    is_cache_refresh: Mapped[bool] = mapped_column(server_default=text("false"))
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))
+    worker_id: Mapped[int | None] = mapped_column(BigInteger)
+    attempts: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'"))
+    prompt_tokens: Mapped[int] = mapped_column(server_default=text("0"))
+    usage: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    timings: Mapped[dict[str, float]] = mapped_column(JSONB, server_default=text("'{}'"))
+    created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    enqueued_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    started_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    first_token_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    finished_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    deadline_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+
+    __table_args__ = (
+        CheckConstraint(f"status IN ({_STATUSES})", name="jobs_status"),
+        Index("jobs_live", "backend", "created_at", postgresql_where=text("status IN ('queued', 'running')")),
+        Index("jobs_running", "worker_id", postgresql_where=text("status = 'running'")),
+        Index("jobs_by_tenant", "tenant", "created_at", "id"),
+        Index("jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+    )
+
+
+class JobResult(Base):
+    """The one answer of a succeeded job: the bytes the caller gets."""
+
+    __tablename__ = "job_results"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    body: Mapped[bytes] = mapped_column(LargeBinary)
+    sha256: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class CacheEntry(Base):
+    """A stored answer under its request's key, as bytes: jsonb would rewrite numbers and spacing."""
+
+    __tablename__ = "response_cache"
+
+    key: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    tenant: Mapped[str] = mapped_column(Text)
+    model: Mapped[str] = mapped_column(Text)
+    backend: Mapped[str] = mapped_column(Text)
+    job_id: Mapped[uuid.UUID]
+    body: Mapped[bytes] = mapped_column(LargeBinary)
+    sha256: Mapped[bytes] = mapped_column(LargeBinary)
+    num_bytes: Mapped[int]
+    usage: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    num_hits: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    last_hit_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    expires_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP)
+
+    __table_args__ = (
+        Index("response_cache_expiry", "expires_at"),
+        Index("response_cache_model", "model"),
+        Index("response_cache_lru", "last_hit_at"),
+    )
+
+
+class RequestLog(Base):
+    """One line per answered request: who asked what of which model, and how it went. No prompt text
+    unless SWITCHYARD_LOG_PROMPTS is on."""
+
+    __tablename__ = "request_log"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    request_id: Mapped[str] = mapped_column(Text)
+    job_id: Mapped[uuid.UUID | None]
+    tenant: Mapped[str | None] = mapped_column(Text)
+    api_key_id: Mapped[uuid.UUID | None]
+    endpoint: Mapped[str] = mapped_column(Text)
+    requested_model: Mapped[str | None] = mapped_column(Text)
+    model: Mapped[str | None] = mapped_column(Text)
+    backend: Mapped[str | None] = mapped_column(Text)
+    cache_verdict: Mapped[str | None] = mapped_column(Text)
+    is_stream: Mapped[bool] = mapped_column(server_default=text("false"))
+    status_code: Mapped[int]
+    error_code: Mapped[str | None] = mapped_column(Text)
+    duration_ms: Mapped[float]
+    queue_ms: Mapped[float | None]
+    ttft_ms: Mapped[float | None]
+    prompt_tokens: Mapped[int | None]
+    completion_tokens: Mapped[int | None]
+    prompt: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (Index("request_log_time", "created_at"), Index("request_log_tenant", "tenant", "created_at"))

@@ -1,0 +1,60 @@
+"""The request log: one row per answered request, written behind the answer."""
+
+import dataclasses
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from psycopg2.extras import execute_values
+
+from db.session import Cursor
+
+
+@dataclass(slots=True, kw_only=True)
+class Entry:
+    """What is known of a request; filled in on its way through the gateway."""
+
+    request_id: str
+    endpoint: str
+    job_id: uuid.UUID | None = None
+    tenant: str | None = None
+    api_key_id: uuid.UUID | None = None
+    requested_model: str | None = None
+    model: str | None = None
+    backend: str | None = None
+    cache_verdict: str | None = None
+    is_stream: bool = False
+    status_code: int = 0
+    error_code: str | None = None
+    duration_ms: float = 0.0
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt: str | None = None
+
+
+_FIELDS = [field.name for field in dataclasses.fields(Entry)]
+
+
+def append(cursor: Cursor, entries: Sequence[Entry]) -> list[None]:
+    """Write the entries."""
+    execute_values(
+        cursor,
+        f"INSERT INTO request_log ({', '.join(_FIELDS)}) VALUES %s",  # noqa: S608 - names of this file alone
+        [tuple(getattr(entry, name) for name in _FIELDS) for entry in entries],
+        page_size=1000,
+    )
+    return [None] * len(entries)
+
+
+def purge(cursor: Cursor, older_than_s: float, limit: int = 5000) -> int:
+    """Delete entries older than that; answers how many."""
+    cursor.execute(
+        """
+        DELETE FROM request_log WHERE id IN (SELECT id FROM request_log
+            WHERE created_at < clock_timestamp() - %s * interval '1 s' ORDER BY created_at LIMIT %s)
+        """,
+        (older_than_s, limit),
+    )
+    return cursor.rowcount

@@ -1,0 +1,49 @@
+"""Connections to Postgres: raw ones for lanes, a pooled engine for everything that is not hot.
+
+Bounds are part of the connection, so no statement can hang a caller: 2 s to connect, 5 s a statement,
+2 s for a lock, and a dead peer is noticed within 10 s.
+"""
+
+from typing import Any
+
+import psycopg2
+import psycopg2.extensions
+import psycopg2.extras
+from sqlalchemy import Engine, create_engine
+
+DependencyDown = (psycopg2.OperationalError, psycopg2.InterfaceError)
+"""What psycopg2 raises when Postgres cannot be reached, restarts, or runs out of connections or time."""
+
+_OPTIONS = "-c statement_timeout=5000 -c lock_timeout=2000 -c idle_in_transaction_session_timeout=10000"
+_NETWORK: dict[str, Any] = {"connect_timeout": 2, "tcp_user_timeout": 10_000, "keepalives_idle": 5}
+
+psycopg2.extras.register_uuid()
+# Lane statements read jsonb as text where they hand it on as it is.
+Connection = psycopg2.extensions.connection
+Cursor = psycopg2.extensions.cursor
+
+
+def connect(url: str, application_name: str, *, is_durable: bool = True) -> Connection:
+    """An autocommit connection. `is_durable=False` commits without waiting for the disk: a crash of
+    Postgres itself may lose its last half second, so use it only for what can be done again."""
+    commit = "on" if is_durable else "off"
+    connection = psycopg2.connect(
+        url,
+        application_name=application_name,
+        options=f"{_OPTIONS} -c synchronous_commit={commit} -c plan_cache_mode=force_generic_plan -c jit=off",
+        **_NETWORK,
+    )
+    connection.autocommit = True
+    return connection
+
+
+def create_pool(url: str, application_name: str, size: int = 4) -> Engine:
+    """A pooled engine for admin reads and writes, called from threads."""
+    return create_engine(
+        url.replace("postgresql://", "postgresql+psycopg2://", 1),
+        pool_size=size,
+        max_overflow=0,
+        pool_timeout=2,
+        pool_pre_ping=True,
+        connect_args={"application_name": application_name, "options": _OPTIONS, **_NETWORK},
+    )

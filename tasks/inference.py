@@ -1,0 +1,274 @@
+"""The worker's half of the life of a call: claim → run → finish. `enqueue` is the gateway's last step.
+
+A message may come twice, late, or never: the ledger decides who runs a job, and this code only asks.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import structlog
+from tokenizers import Tokenizer
+
+from backends.base import BackendDead, BackendError, EncodeCall, GenerateCall, InvalidCall, SamplingParams
+from catalog import ModelSpec
+from db import jobs
+from db.jobs import Claimed
+from db.lanes import LaneDown
+from db.models import JobStatus
+from tasks import celery, metrics, responses, stream, transport
+from tasks.call import VERSION, Call
+from tasks.output import Output
+from tasks.responses import Identity
+
+if TYPE_CHECKING:
+    from tasks.worker import Worker
+
+log = structlog.get_logger()
+
+
+def enqueue(outbox: transport.Outbox, sent: Sequence[tuple[uuid.UUID, str, str]]) -> None:
+    """Send the messages of (job id, backend, task), rows already committed. May be repeated."""
+    for job_id, backend, task in sent:
+        outbox.send("LPUSH", backend, celery.message(job_id, task, backend))
+
+
+@dataclass(slots=True)
+class Run:
+    """One attempt in progress."""
+
+    job: Claimed
+    call: Call
+    model: ModelSpec
+    started: float
+    """time.monotonic() at the claim."""
+    writer: stream.Writer | None = None
+    task: "asyncio.Task[None] | None" = None
+    is_finishing: bool = False
+    first_chunk_s: float | None = None
+    outputs: list[Output] = field(default_factory=list)
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.call.endpoint, self.job.id, self.model.name, self.job.created)
+
+
+async def run(worker: "Worker", job_id: uuid.UUID, version: int) -> None:
+    """Everything one message causes. Raises nothing: each way it can end is recorded in the ledger."""
+    if version != VERSION:
+        metrics.DROPPED_MESSAGES.labels("unknown_version").inc()
+        log.error("message.unknown_version", job_id=str(job_id), version=version)
+        return
+    try:
+        claimed = await worker.claims.submit((job_id, worker.id))
+    except LaneDown:
+        log.error("job.claim_failed", job_id=str(job_id))
+        return
+    if claimed is None:
+        metrics.DROPPED_MESSAGES.labels("not_queued").inc()
+        return
+    log.info("job.claimed", job_id=str(job_id), attempt=claimed.attempt, queue_ms=round(claimed.queue_ms, 1))
+    metrics.QUEUE_SECONDS.labels(claimed.backend).observe(claimed.queue_ms / 1000)
+    started = time.monotonic()
+    try:
+        call = Call.decode(claimed.payload)
+        attempt = Run(claimed, call, worker.models[call.model], started, task=asyncio.current_task())
+    except (ValueError, KeyError) as error:
+        await _end(worker, claimed, "internal_error", f"this worker cannot read the job ({type(error).__name__})")
+        return
+    with worker.running(attempt):
+        try:
+            await _attempt(worker, attempt)
+        except LaneDown:
+            # Postgres stayed away longer than a finished result waits: the lease has run out long ago.
+            log.error("job.outcome_lost", job_id=str(job_id), attempt=claimed.attempt)
+
+
+async def _attempt(worker: "Worker", attempt: Run) -> None:
+    job = attempt.job
+    try:
+        if job.is_stream:
+            attempt.writer = await _writer(worker, attempt)
+        body = await _compute(worker, attempt)
+    except InvalidCall as error:
+        await _end(worker, job, "invalid_request_error", str(error), writer=attempt.writer)
+    except BackendDead as error:
+        await _end(worker, job, "backend_dead", str(error), is_retryable=True, writer=attempt.writer)
+        worker.die("the backend died")
+    except BackendError as error:
+        await _end(worker, job, "backend_error", str(error), is_retryable=True, writer=attempt.writer)
+    except asyncio.CancelledError:
+        await worker.stopped(attempt)
+    except Exception as error:
+        # A process border: a bug in one job's path must not take the other jobs of this worker along.
+        log.exception("job.crashed", job_id=str(job.id))
+        await _end(worker, job, "internal_error", type(error).__name__, is_retryable=True, writer=attempt.writer)
+    else:
+        await _finish(worker, attempt, body)
+
+
+async def _compute(worker: "Worker", attempt: Run) -> bytes:
+    call, identity = attempt.call, attempt.identity
+    if call.task == "generate":
+        await _generate(worker, attempt)
+        return responses.generated(identity, call, attempt.outputs)
+    wanted = EncodeCall(
+        request_id=f"{attempt.job.id}-{attempt.job.attempt}",
+        model=attempt.model.name,
+        inputs=call.token_ids,
+        type_ids=call.type_ids,
+        dimensions=call.format.get("dimensions"),
+        options=call.options,
+    )
+    if call.task == "embed":
+        return responses.embedded(identity, call, await worker.backend.embed(wanted))
+    if call.task == "rerank":
+        return responses.reranked(identity, call, await worker.backend.rerank(wanted))
+    labels = attempt.model.labels or [f"LABEL_{index}" for index in range(2)]
+    return responses.classified(identity, call, await worker.backend.classify(wanted), labels)
+
+
+async def _generate(worker: "Worker", attempt: Run) -> None:
+    """Run every choice at once; the first failure stops the others."""
+    call = attempt.call
+    if not attempt.outputs:
+        attempt.outputs = [_output(attempt) for _ in range(len(call.token_ids) * call.n)]
+    if len(attempt.outputs) == 1:
+        await _sequence(worker, attempt, 0)
+        return
+    async with _first_error(), asyncio.TaskGroup() as group:
+        for choice in range(len(attempt.outputs)):
+            group.create_task(_sequence(worker, attempt, choice))
+
+
+@contextlib.asynccontextmanager
+async def _first_error() -> Any:
+    """A TaskGroup's failure as the plain exception it was, the gravest first."""
+    try:
+        yield
+    except* BackendDead as group:
+        raise group.exceptions[0] from None
+    except* InvalidCall as group:
+        raise group.exceptions[0] from None
+    except* BackendError as group:
+        raise group.exceptions[0] from None
+
+
+async def _sequence(worker: "Worker", attempt: Run, choice: int) -> None:
+    output = attempt.outputs[choice]
+    if output.finish_reason is not None:  # an earlier attempt completed this choice
+        return
+    chunks = worker.backend.generate(_generate_call(attempt, choice, tuple(output.token_ids)))
+    async with contextlib.aclosing(chunks) as closing:  # type: ignore[type-var]
+        async for chunk in closing:
+            if attempt.first_chunk_s is None:
+                attempt.first_chunk_s = time.monotonic() - attempt.started
+            piece = output.push(chunk)
+            if attempt.writer is not None:
+                attempt.writer.write(choice, piece)
+            if piece.finish_reason is not None:
+                return
+    raise BackendError("the backend ended a sequence without a reason")
+
+
+def _generate_call(attempt: Run, choice: int, resumed: tuple[int, ...]) -> GenerateCall:
+    call = attempt.call
+    params = dict(call.params)
+    if params.get("seed") is not None:
+        params["seed"] += choice % call.n  # choices of one prompt must differ, reproducibly
+    if "logit_bias" in params:
+        params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
+    if "stop_token_ids" in params:
+        params["stop_token_ids"] = tuple(params["stop_token_ids"])
+    assert call.max_tokens is not None
+    return GenerateCall(
+        request_id=f"{attempt.job.id}-{attempt.job.attempt}-{choice}",
+        model=attempt.model.name,
+        prompt_token_ids=call.token_ids[choice // call.n],
+        params=SamplingParams(max_tokens=call.max_tokens, **params),
+        is_streaming=attempt.writer is not None or bool(call.stop),
+        resumed_token_ids=resumed,
+        options=call.options,
+    )
+
+
+def _output(attempt: Run) -> Output:
+    wants_logprobs = attempt.call.params.get("logprobs") is not None
+    tokenizer = _tokenizer(attempt.model.path) if wants_logprobs else None
+    return Output(attempt.call.stop, attempt.model.entry.mask, tokenizer)
+
+
+_tokenizers: dict[str, Tokenizer] = {}
+
+
+def _tokenizer(path: str) -> Tokenizer:
+    if path not in _tokenizers:
+        _tokenizers[path] = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
+    return _tokenizers[path]
+
+
+async def _writer(worker: "Worker", attempt: Run) -> stream.Writer:
+    """The job's event writer. A later attempt goes on where the events of the earlier ones end: their
+    tokens are not generated again, and the caller's stream has no gap and no repeat."""
+    writer = stream.Writer(attempt.job.id, worker.broadcaster)
+    if attempt.job.attempt == 1:
+        return writer
+    call = attempt.call
+    attempt.outputs = [_output(attempt) for _ in range(len(call.token_ids) * call.n)]
+    for event in await stream.history(worker.redis, attempt.job.id):
+        writer.seq = event.seq
+        if event.piece is not None:
+            attempt.outputs[event.choice].resume(event.piece)
+    return writer
+
+
+async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
+    job, call = attempt.job, attempt.call
+    attempt.is_finishing = True
+    usage = responses.usage_of(call, attempt.outputs)
+    run_s = time.monotonic() - attempt.started
+    ttft_s = attempt.first_chunk_s if attempt.first_chunk_s is not None else run_s
+    is_stored = await worker.finishes.submit(
+        jobs.Finished(
+            id=job.id,
+            attempt=job.attempt,
+            worker_id=worker.id,
+            body=body,
+            sha256=hashlib.sha256(body).digest(),
+            usage=orjson.dumps(usage).decode(),
+            ttft_ms=ttft_s * 1000,
+            timings=orjson.dumps({"run_ms": round(run_s * 1000, 3)}).decode(),
+        )
+    )
+    if not is_stored:
+        metrics.FENCED_WRITES.labels(job.backend).inc()
+        log.warning("job.fenced", job_id=str(job.id), attempt=job.attempt)
+        return
+    worker.announce(job.id, JobStatus.SUCCEEDED, attempt.writer)
+    worker.service.observe(attempt.model.name, run_s, ttft_s, usage.get("completion_tokens", 0))
+    metrics.JOBS.labels(job.backend, attempt.model.name, JobStatus.SUCCEEDED).inc()
+    metrics.RUN_SECONDS.labels(job.backend, attempt.model.name).observe(run_s)
+    metrics.TTFT_SECONDS.labels(job.backend, attempt.model.name).observe(job.queue_ms / 1000 + ttft_s)
+    metrics.TOKENS.labels(job.backend, attempt.model.name, "prompt").inc(usage["prompt_tokens"])
+    metrics.TOKENS.labels(job.backend, attempt.model.name, "completion").inc(usage.get("completion_tokens", 0))
+    log.info("job.finished", job_id=str(job.id), attempt=job.attempt, run_ms=round(run_s * 1000, 1),
+             ttft_ms=round(ttft_s * 1000, 1), completion_tokens=usage.get("completion_tokens"))  # fmt: skip
+
+
+async def _end(worker: "Worker", job: Claimed, code: str, message: str, *, is_retryable: bool = False,
+               writer: stream.Writer | None = None) -> None:  # fmt: skip
+    """Record an attempt that failed; queue the job again where another attempt may help."""
+    state = await worker.end(job, code, message, is_retryable=is_retryable)
+    metrics.ATTEMPTS_FAILED.labels(job.backend, code).inc()
+    log.warning("job.attempt_failed", job_id=str(job.id), attempt=job.attempt, code=code, state=state)
+    if state is JobStatus.QUEUED:
+        enqueue(worker.outbox, [(job.id, job.backend, job.task)])
+    elif state is not None:
+        worker.announce(job.id, state, writer)

@@ -1,0 +1,209 @@
+"""`python -m tasks.reconciler`: makes the queue agree with the ledger.
+
+Messages get lost, workers die, Redis is wiped, deadlines pass. Each pass is one `reconcile_once`, made
+of conditional updates only, so two reconcilers at once do no harm; an advisory lock keeps the second
+one idle until the first is gone.
+"""
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from uuid import UUID
+
+import orjson
+import redis.asyncio
+import structlog
+from redis.exceptions import RedisError
+
+import catalog
+import settings
+from db import cache, jobs, request_log, session, workers
+from db.session import Cursor
+from tasks import inference, logs, metrics, transport
+
+log = structlog.get_logger()
+
+_LEADER_LOCK = 0x5357_0002
+_HOUSEKEEPING_S = 30.0
+
+
+@dataclass(slots=True)
+class Report:
+    """What one pass did."""
+
+    rescued: int = 0
+    exhausted: int = 0
+    resent: int = 0
+    expired: int = 0
+    evicted: int = 0
+    purged: int = 0
+    ended: list[tuple[str, str]] = field(default_factory=list)
+    """(job id, status) of jobs that reached a final state in this pass."""
+    messages: list[tuple[UUID, str, str]] = field(default_factory=list)
+    """(job id, backend, task) to send."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: value for name, value in asdict(self).items() if isinstance(value, int) and value}
+
+
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """What Redis says. None where it could not be asked: then nothing is re-sent, for nobody could take it."""
+
+    lengths: dict[str, int] | None
+    is_wiped: bool = False
+
+
+def reconcile_once(cursor: Cursor, queues: Queues, config: settings.Settings, backends: Sequence[str]) -> Report:
+    """One pass over the ledger. Changes rows only; the caller sends `messages` and tells of `ended`."""
+    report = Report()
+    dead = workers.bury(cursor, config.heartbeat_s)
+    if dead:
+        for job_id, backend, task, status in jobs.rescue(cursor, dead, config.max_attempts):
+            if status == "queued":
+                report.rescued += 1
+                report.messages.append((job_id, backend, task))
+            else:
+                report.exhausted += 1
+                report.ended.append((str(job_id), status))
+    for job_id in jobs.expire(cursor):
+        report.expired += 1
+        report.ended.append((str(job_id), "expired"))
+    if queues.lengths is not None:
+        _resend(cursor, queues.lengths, queues.is_wiped, config, backends, report)
+    return report
+
+
+def _resend(cursor: Cursor, lengths: dict[str, int], is_wiped: bool, config: settings.Settings,
+            backends: Sequence[str], report: Report) -> None:  # fmt: skip
+    """Send again what is queued without a message. A queue at least as long as its backlog has lost
+    nothing yet, and doubling it would help nobody; after twelve times as long all are sent again anyway
+    (a repeated message costs one refused claim)."""
+    depths = jobs.depths(cursor)
+    for backend in backends:
+        depth = depths.get(backend)
+        if depth is None or not depth.num_queued:
+            continue
+        patience = config.resend_after_s
+        if is_wiped:
+            patience = 0.0
+        elif lengths.get(backend, 0) >= depth.num_queued:
+            patience *= 12
+        if depth.oldest_queued_s >= patience:
+            unsent = jobs.find_unsent(cursor, backend, patience)
+            report.resent += len(unsent)
+            report.messages += unsent
+
+
+def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheEntry, report: Report) -> None:
+    """Evict from the cache, and delete what is past its time."""
+    report.evicted = cache.evict(cursor, limits.max_bytes)
+    report.purged = jobs.purge(cursor, config.result_ttl_s)
+    request_log.purge(cursor, config.result_ttl_s * 30)
+    workers.forget(cursor, config.result_ttl_s)
+
+
+class Reconciler:
+    """The process: leads if it can, and keeps making passes."""
+
+    def __init__(self) -> None:
+        self._config = settings.load()
+        self._catalog = catalog.load(self._config.config, self._config.models_dir)
+        self._redis = transport.connect(self._config.redis_url)
+        self._connection: session.Connection | None = None
+        self._is_leader = False
+        self._next_housekeeping = 0.0
+
+    async def run(self, stop: asyncio.Event) -> None:
+        outbox = transport.Outbox(self._redis)
+        while not stop.is_set():
+            started = time.monotonic()
+            try:
+                await self._pass(outbox)
+            except session.DependencyDown as error:
+                log.warning("reconciler.retry", error=type(error).__name__)
+                self._connection = None
+                self._is_leader = False
+            rest = self._config.sweep_s - (time.monotonic() - started)
+            try:
+                await asyncio.wait_for(stop.wait(), max(rest, 0.05))
+            except TimeoutError:
+                continue
+        await outbox.close()
+
+    async def _pass(self, outbox: transport.Outbox) -> None:
+        if not await asyncio.to_thread(self._lead):
+            return
+        queues = await self._queues()
+        report = await asyncio.to_thread(self._reconcile, queues)
+        inference.enqueue(outbox, report.messages)
+        if report.ended:
+            outbox.send("PUBLISH", transport.DONE_CHANNEL, orjson.dumps(report.ended))
+        if queues.is_wiped:
+            outbox.send("SET", transport.EPOCH_KEY, str(time.time_ns()))
+        for action, count in report.counts.items():
+            metrics.RECONCILER_ACTIONS.labels(action).inc(count)
+        if report.counts:
+            log.info("reconciled", **report.counts)
+
+    def _lead(self) -> bool:
+        if self._connection is None or self._connection.closed:
+            self._connection = session.connect(self._config.database_url, "switchyard-reconciler")
+            self._is_leader = False
+        if not self._is_leader:
+            with self._connection.cursor() as cursor:
+                cursor.execute("SELECT pg_try_advisory_lock(%s)", (_LEADER_LOCK,))
+                row = cursor.fetchone()
+                self._is_leader = bool(row and row[0])
+            if self._is_leader:
+                log.info("reconciler.leading")
+        return self._is_leader
+
+    def _reconcile(self, queues: Queues) -> Report:
+        assert self._connection is not None
+        with self._connection.cursor() as cursor:
+            report = reconcile_once(cursor, queues, self._config, list(self._catalog.backends))
+            if time.monotonic() >= self._next_housekeeping:
+                self._next_housekeeping = time.monotonic() + _HOUSEKEEPING_S
+                keep_house(cursor, self._config, self._catalog.cache, report)
+        return report
+
+    async def _queues(self) -> Queues:
+        return await queues(self._redis, list(self._catalog.backends))
+
+
+async def queues(client: redis.asyncio.Redis, backends: Sequence[str]) -> Queues:
+    """Ask Redis how long each queue is, and whether it is the Redis we knew."""
+    try:
+        pipeline: Any = client.pipeline(transaction=False)
+        pipeline.exists(transport.EPOCH_KEY)
+        for backend in backends:
+            pipeline.llen(backend)
+        is_known, *lengths = await pipeline.execute()
+    except (RedisError, OSError):
+        return Queues(None)
+    return Queues(dict(zip(backends, lengths, strict=True)), is_wiped=not is_known)
+
+
+def main() -> int:
+    logs.configure("reconciler")
+    metrics.serve()
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await Reconciler().run(stop)
+
+    asyncio.run(serve())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""The prompt router: from a call to a Decision, in one function.
+
+A candidate is a (model, backend) pair. Each is dropped for a reason or scored with the milliseconds in
+which it is expected to finish the call; the lowest score wins. The whole Decision is kept on the job.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from backends.base import Capabilities
+from backends.registry import backend_class
+from catalog import BackendSpec, Catalog, ModelSpec
+from db.jobs import Depth
+from db.workers import Life
+from tasks.call import Call
+
+_UNKNOWN_TOKEN_MS = 40.0
+_UNKNOWN_RUN_MS = 200.0
+"""Assumed of a model that has not finished a job yet."""
+_UNKNOWN_TOKENS = 128.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A backend as it stands: its workers and its queue. Refreshed twice a second."""
+
+    lives: tuple[Life, ...] = ()
+    depth: Depth = Depth(0, 0, 0, 0.0)
+
+    @property
+    def ready(self) -> list[Life]:
+        return [life for life in self.lives if life.state == "ready"]
+
+    @property
+    def is_loading(self) -> bool:
+        return any(life.state == "loading" for life in self.lives)
+
+    @property
+    def slots(self) -> int:
+        return sum(life.slots for life in self.ready)
+
+    def service(self, model: str) -> dict[str, float] | None:
+        """The model's measured times, averaged over the workers that have any."""
+        seen = [life.stats["service"][model] for life in self.ready if model in life.stats.get("service", {})]
+        if not seen:
+            return None
+        return {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to serve the call: its score, or why it was dropped."""
+
+    model: str
+    backend: str
+    score_ms: float | None = None
+    dropped: str | None = None
+    param: str | None = None
+    """The parameter that the backend cannot honour."""
+    facts: dict[str, float] = field(default_factory=dict)
+    """What the score was made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a call goes and why. `chosen` is None where nobody can take it."""
+
+    requested_model: str
+    chosen: Candidate | None
+    reason: str
+    candidates: tuple[Candidate, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def models_for(catalog: Catalog, call: Call) -> list[ModelSpec]:
+    """The models that may answer, the first choice first, then its fallbacks. Empty: unknown model."""
+    if call.model == "auto":
+        return [model for model in catalog.models.values() if model.entry.auto and call.task in model.tasks]
+    model = catalog.model(call.model)
+    if model is None:
+        return []
+    return [model, *(catalog.models[name] for name in model.entry.fallback)]
+
+
+def choose(
+    catalog: Catalog,
+    call: Call,
+    tokenised: Mapping[str, Call | str],
+    loads: Mapping[str, Load],
+    *,
+    can_wait: bool,
+) -> Decision:
+    """Choose model and backend.
+
+    `tokenised` has the call as each candidate model would run it, or the reason why that model cannot
+    take it. `can_wait` lets a job queue for a backend whose workers are away. A fallback model is
+    considered only when the models before it have no candidate left.
+    """
+    candidates: list[Candidate] = []
+    for model in models_for(catalog, call):
+        ready = tokenised.get(model.name, "unknown_model")
+        new = [_candidate(call, model, backend, ready, loads) for backend in catalog.serving(model)]
+        candidates += new
+        if call.model != "auto" and any(one.dropped is None for one in new):
+            break
+    alive = [one for one in candidates if one.dropped is None]
+    if alive:
+        best = min(alive, key=lambda one: one.score_ms or 0.0)
+        return Decision(call.model, best, _reason(call, best, alive, catalog), tuple(candidates))
+    held = [one for one in candidates if one.dropped in ("no_worker", "loading")]
+    if held and can_wait:
+        return Decision(call.model, held[0], "no worker is up: held in its queue", tuple(candidates))
+    return Decision(call.model, None, "no candidate is left", tuple(candidates))
+
+
+def _candidate(
+    call: Call, model: ModelSpec, backend: BackendSpec, ready: Call | str, loads: Mapping[str, Load]
+) -> Candidate:
+    capabilities = backend_class(backend.runtime).capabilities
+    if call.task not in model.tasks or call.task not in capabilities.tasks:
+        return Candidate(model.name, backend.name, dropped="wrong_task")
+    param = unsupported_parameter(call, capabilities, backend.runtime)
+    if param is not None:
+        return Candidate(model.name, backend.name, dropped="unsupported_parameter", param=param)
+    if isinstance(ready, str):
+        return Candidate(model.name, backend.name, dropped=ready)
+    load = loads.get(backend.name, Load())
+    if not load.ready:
+        return Candidate(model.name, backend.name, dropped="loading" if load.is_loading else "no_worker")
+    if load.depth.num_queued >= backend.entry.max_queued:
+        return Candidate(model.name, backend.name, dropped="queue_full")
+    score, facts = _score(ready, model, load)
+    return Candidate(model.name, backend.name, score_ms=round(score, 2), facts=facts)
+
+
+def unsupported_parameter(call: Call, capabilities: Capabilities, runtime: str) -> str | None:
+    """The first parameter of the call that such a backend cannot honour."""
+    if call.options and runtime != "echo":
+        return "options"
+    for name in call.params:
+        if name == "logprobs":
+            if call.params[name] > capabilities.max_logprobs or not capabilities.max_logprobs:
+                return "logprobs"
+        elif name not in capabilities.parameters:
+            return name
+    return None
+
+
+def _score(call: Call, model: ModelSpec, load: Load) -> tuple[float, dict[str, float]]:
+    """Expected milliseconds until the answer: the wait for a slot, then the run."""
+    seen = load.service(model.name)
+    sequences = max(len(call.token_ids), 1) * call.n if call.task == "generate" else 1
+    if call.task == "generate":
+        seen = seen or {"ttft_ms": _UNKNOWN_RUN_MS, "token_ms": _UNKNOWN_TOKEN_MS, "tokens": _UNKNOWN_TOKENS}
+        tokens = min(float(call.max_tokens or _UNKNOWN_TOKENS), max(seen["tokens"], 1.0) * 2)
+        run_ms = seen["ttft_ms"] + tokens * seen["token_ms"]
+        mean_ms = seen.get("run_ms", run_ms)
+    else:
+        run_ms = mean_ms = (seen or {"run_ms": _UNKNOWN_RUN_MS})["run_ms"]
+        tokens = 0.0
+    ahead = load.depth.num_queued + load.depth.num_running + sequences - load.slots
+    wait_ms = max(ahead, 0) / max(load.slots, 1) * mean_ms
+    facts = {
+        "wait_ms": round(wait_ms, 2),
+        "run_ms": round(run_ms, 2),
+        "tokens": tokens,
+        "num_queued": load.depth.num_queued,
+        "num_running": load.depth.num_running,
+        "slots": load.slots,
+        "is_measured": float(load.service(model.name) is not None),
+    }
+    return wait_ms + run_ms, facts
+
+
+def _reason(call: Call, best: Candidate, alive: Sequence[Candidate], catalog: Catalog) -> str:
+    first = catalog.model(call.model)
+    if first is not None and best.model != first.name:
+        return f"fallback: no worker of {first.name} is up"
+    if len(alive) == 1:
+        return "the only candidate left"
+    return "lowest expected completion time"

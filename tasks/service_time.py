@@ -1,0 +1,36 @@
+"""How long jobs take here: what a worker measures and the router's estimates start from."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+_WEIGHT = 0.2
+"""Of the newest job in the moving average: about the last ten jobs count."""
+
+
+@dataclass(slots=True)
+class ServiceTime:
+    """Moving averages per model of one worker, with the load they were measured under included."""
+
+    models: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def observe(self, model: str, run_s: float, ttft_s: float, completion_tokens: int) -> None:
+        """Count one finished job."""
+        token_ms = (run_s - ttft_s) * 1000 / max(completion_tokens - 1, 1)
+        seen = {
+            "run_ms": run_s * 1000,
+            "ttft_ms": ttft_s * 1000,
+            "token_ms": token_ms,
+            "tokens": float(completion_tokens),
+        }
+        average = self.models.get(model)
+        if average is None:
+            self.models[model] = seen
+            return
+        for name, value in seen.items():
+            average[name] += _WEIGHT * (value - average[name])
+
+    def stats(self) -> dict[str, Any]:
+        """As the heartbeat reports it."""
+        return {
+            model: {name: round(value, 3) for name, value in average.items()} for model, average in self.models.items()
+        }

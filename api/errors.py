@@ -128,7 +128,7 @@ class MethodNotAllowed(InvalidRequest):
 class Unauthorized(APIError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
     default = "A valid API key is needed: send `Authorization: Bearer <key>`."
-    extra_headers = {"WWW-Authenticate": "Bearer"}
+    extra_headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
 
 
 class Forbidden(APIError):
@@ -299,7 +299,8 @@ class _LastResort:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         has_begun = False
 
         async def watch(message: Message) -> None:

@@ -46,14 +46,14 @@ class Runner(Protocol):
         """Make room for sequences of `length` tokens. MemoryError or torch's own error if there is none."""
 
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """The logits after each piece, float32 [pieces, vocabulary]. Pieces are ordered by slot; slots are
-        0..n-1. May be repeated with the same pieces."""
+        """The logits after each piece, float32 [pieces, vocabulary]. Pieces are ordered by slot; those of one
+        token share most when they fill the slots from 0 on. May be repeated with the same pieces."""
 
     def move(self, source: int, target: int, length: int) -> None:
         """Let the sequence in slot `source` live on in `target`."""
 
-    def clear(self, slot: int) -> None:
-        """Forget what `slot` holds, if it may be harmful to a later sequence."""
+    def release(self, slot: int, is_spoiled: bool) -> None:
+        """The sequence in `slot` has ended. Spoiled: what it left there may not be numbers."""
 
 
 def load(path: Path, slots: int, max_length: int, options: Mapping[str, Any]) -> Runner:
@@ -100,8 +100,9 @@ class RaggedRunner:
     def move(self, source: int, target: int, length: int) -> None:
         self._cache.move(source, target, length)
 
-    def clear(self, slot: int) -> None:
-        self._cache.clear(slot)
+    def release(self, slot: int, is_spoiled: bool) -> None:
+        if is_spoiled:
+            self._cache.clear(slot)
 
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         device = self.model.device
@@ -128,7 +129,7 @@ class SerialRunner:
     def move(self, source: int, target: int, length: int) -> None:
         self._slots[target] = self._slots.pop(source)
 
-    def clear(self, slot: int) -> None:
+    def release(self, slot: int, is_spoiled: bool) -> None:
         self._slots.pop(slot, None)
 
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -189,9 +190,10 @@ class _Cache:
             values[target, :, :length] = values[source, :, :length]
 
     def clear(self, slot: int) -> None:
+        length = self.used.get(slot, 0)
         for keys, values in self.layers.values():
-            keys[slot].zero_()
-            values[slot].zero_()
+            keys[slot, :, :length] = 0
+            values[slot, :, :length] = 0
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         shape = (self._slots, like.shape[1], self._capacity, like.shape[3])
@@ -209,9 +211,9 @@ class _Step:
 
     def __init__(self, cache: _Cache, pieces: Sequence[Piece], device: torch.device, dtype: torch.dtype) -> None:
         self.cache = cache
-        singles = next((i for i, piece in enumerate(pieces) if len(piece.tokens) > 1), len(pieces))
+        singles = next((i for i, piece in enumerate(pieces) if len(piece.tokens) > 1 or piece.slot != i), len(pieces))
         self.singles = singles
-        """How many pieces from slot 0 on are one token: they attend in one call."""
+        """How many pieces are one token in the slot of their rank: these attend in one call."""
         self.rows = torch.arange(singles, device=device)
         self.positions = torch.tensor([piece.start for piece in pieces[:singles]], device=device, dtype=torch.long)
         self.longest = max((piece.end for piece in pieces[:singles]), default=0)
@@ -250,9 +252,11 @@ class _Step:
             hidden |= columns <= queries - window
         if not hidden.any():
             return None
-        return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(
-            hidden, float("-inf")
-        ).view(*shape, keys)
+        return (
+            torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
+            .masked_fill_(hidden, float("-inf"))
+            .view(*shape, keys)
+        )
 
 
 def _attend(

@@ -280,6 +280,25 @@ def outcome(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[Outcome | None]:
     return [found.get(job_id) for job_id in ids]
 
 
+def payload(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[bytes | None]:
+    """The stored call of each job."""
+    cursor.execute("SELECT id, payload FROM jobs WHERE id = ANY(%s)", (list(ids),))
+    found = {row[0]: bytes(row[1]) for row in cursor.fetchall()}
+    return [found.get(job_id) for job_id in ids]
+
+
+def ended(cursor: Cursor, groups: Sequence[Sequence[uuid.UUID]]) -> list[list[uuid.UUID]]:
+    """Of each group of ids, those whose job has ended or does not exist."""
+    answers = []
+    for ids in groups:
+        cursor.execute(
+            "SELECT id FROM jobs WHERE id = ANY(%s) AND status IN ('queued', 'running')", (list(ids),)
+        )
+        live = {row[0] for row in cursor.fetchall()}
+        answers.append([job_id for job_id in ids if job_id not in live])
+    return answers
+
+
 _VIEW = """
     id, tenant, request_id, endpoint, requested_model, model, model_revision, backend, status, is_stream, metadata,
     decision, cache_verdict, encode(cache_key, 'hex') AS cache_key, attempt, attempts, prompt_tokens, usage, error,

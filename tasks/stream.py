@@ -6,7 +6,7 @@ comes late) and publishes the same bytes on the channel of the same name (for wh
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -105,13 +105,30 @@ def _event(seq: int, choice: int, piece: dict[str, Any] | None, status: str | No
     return Event(seq, choice, Piece(**{**piece, "token_ids": tuple(piece["token_ids"])}), status)
 
 
+_SUBSCRIBE_S = 0.5
+_GRACE_S = 0.25
+_ENDED: list[Event] = []
+
+
+@dataclass(slots=True, eq=False)
+class Watch:
+    """Somebody's wait for a job."""
+
+    subscriber: "Subscriber"
+    job_id: str
+    ended: "asyncio.Future[None]"
+
+    def close(self) -> None:
+        self.subscriber.unwatch(self)
+
+
 class Subscriber:
     """The one subscription of a gateway process: wakes everyone who waits for a job or reads its stream."""
 
     def __init__(self, url: str) -> None:
         self._client = transport.connect(url)
         self._pubsub = transport.connect(url, timeout_s=30).pubsub()
-        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._watches: dict[str, set[Watch]] = {}
         self._readers: dict[bytes, list[_Reader]] = {}
         self._task = asyncio.create_task(self._run(), name="subscriber")
 
@@ -122,32 +139,42 @@ class Subscriber:
             await self._pubsub.aclose()
             await self._client.aclose()
 
-    @contextlib.contextmanager
-    def waiting(self, job_id: UUID) -> "Any":
-        """A future that resolves when the job is said to have ended. Register before sending its message."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiters = self._waiters.setdefault(str(job_id), set())
-        waiters.add(future)
-        try:
-            yield future
-        finally:
-            waiters.discard(future)
-            if not waiters:
-                self._waiters.pop(str(job_id), None)
+    def watch(self, job_id: UUID) -> "Watch":
+        """Be told when the job ends. Register before sending its message; close in the end."""
+        watch = Watch(self, str(job_id), asyncio.get_running_loop().create_future())
+        self._watches.setdefault(watch.job_id, set()).add(watch)
+        return watch
 
-    async def events(self, job_id: UUID, after: int, tick_s: float) -> AsyncIterator[Event | None]:
-        """The job's events after number `after`, past ones first; None whenever `tick_s` passed without one.
+    def unwatch(self, watch: "Watch") -> None:
+        watches = self._watches.get(watch.job_id, set())
+        watches.discard(watch)
+        if not watches:
+            self._watches.pop(watch.job_id, None)
 
-        Never ends by itself but with the event that has a status: on None look whether the job has
-        ended without telling (Redis lost it, or it ended before a worker took it).
-        """
+    @property
+    def watched(self) -> list[UUID]:
+        """The jobs that somebody here waits for."""
+        return [UUID(job_id) for job_id in self._watches]
+
+    def ended(self, job_ids: Iterable[str]) -> None:
+        """Wake who waits for these jobs."""
+        for job_id in job_ids:
+            for watch in self._watches.get(job_id, ()):
+                if not watch.ended.done():
+                    watch.ended.set_result(None)
+
+    async def events(self, watch: "Watch", after: int, tick_s: float) -> AsyncIterator[Event | None]:
+        """The watched job's events after number `after`, past ones first; None whenever `tick_s` passed
+        without one. Ends with the event that has a status, or without one if Redis lost it: then the
+        job has ended, and the ledger knows how."""
+        job_id = UUID(watch.job_id)
         key = transport.chunks_key(job_id).encode()
         reader = _Reader(asyncio.Event(), asyncio.Queue())
         await self._add_reader(key, reader)
         last = after
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(reader.subscribed.wait(), tick_s)
+                await asyncio.wait_for(reader.subscribed.wait(), _SUBSCRIBE_S)
             past = await self._history(job_id)
             while True:
                 for event in past:
@@ -156,15 +183,35 @@ class Subscriber:
                         yield event
                         if event.status is not None:
                             return
-                try:
-                    past = await asyncio.wait_for(reader.events.get(), tick_s)
-                except TimeoutError:
+                batch = await self._next(watch, reader, tick_s)
+                if batch is _ENDED:
+                    for event in await self._history(job_id):
+                        if event.seq > last:
+                            yield event
+                    return
+                if batch is None:
                     yield None
                     past = await self._history(job_id) if self._is_stale(reader) else []
+                    continue
+                past = batch
                 if past and past[0].seq > last + 1:
                     past = [*await self._history(job_id), *past]
         finally:
             await self._remove_reader(key, reader)
+
+    async def _next(self, watch: "Watch", reader: "_Reader", tick_s: float) -> "list[Event] | None":
+        """The next batch; None after `tick_s`; `_ENDED` where the job is over and no more is coming."""
+        getter = asyncio.ensure_future(reader.events.get())
+        try:
+            await asyncio.wait({getter, watch.ended}, timeout=tick_s, return_when=asyncio.FIRST_COMPLETED)
+            if not getter.done() and watch.ended.done():
+                # The end's own event travels on another channel: give it a moment.
+                await asyncio.wait({getter}, timeout=_GRACE_S)
+                if not getter.done():
+                    return _ENDED
+            return getter.result() if getter.done() else None
+        finally:
+            getter.cancel()
 
     def _is_stale(self, reader: "_Reader") -> bool:
         """Whether events may have passed this reader by: its subscription was renewed or never confirmed."""
@@ -218,10 +265,7 @@ class Subscriber:
             for reader in self._readers.get(channel, ()):
                 reader.subscribed.set()
         elif message["type"] == "message" and channel == transport.DONE_CHANNEL.encode():
-            for job_id, _ in orjson.loads(message["data"]):
-                for future in self._waiters.get(job_id, ()):
-                    if not future.done():
-                        future.set_result(None)
+            self.ended(job_id for job_id, _ in orjson.loads(message["data"]))
         elif message["type"] == "message":
             events = decode(message["data"])
             for reader in self._readers.get(channel, ()):

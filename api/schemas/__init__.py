@@ -42,6 +42,9 @@ _OTHER_BODIES: Mapping[str, type[WireModel]] = {
 }
 _DEFAULT_LIMITS = LimitsEntry()
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_SUBJECT = re.compile(r"^(Value error, )?(Value|Input|String|List|Dictionary|Tuple) should")
+_COUNT = re.compile(r" after validation, not .*")
+_CALLERS_KEYS = {"metadata", "logit_bias"}
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "int_parsing_size"}
 
 AnyWireModel = TypeVar("AnyWireModel", bound=WireModel)
@@ -124,8 +127,9 @@ def _without_idle_fields(
 
 
 def _refusal(model: type[WireModel], problem: ErrorDetails) -> errors.APIError:
-    kind, loc, text = problem["type"], problem["loc"], problem["msg"]
+    kind, loc = problem["type"], problem["loc"]
     param = _param(loc)
+    row: type[errors.APIError]
     if kind == "extra_forbidden":
         if _path(loc) in model.no_effect:
             return errors.UnsupportedParameter(f"{param} is not supported.", param=param)
@@ -136,15 +140,13 @@ def _refusal(model: type[WireModel], problem: ErrorDetails) -> errors.APIError:
         row = errors.UnsupportedParameter if prefix else errors.InvalidValue
     else:
         row = errors.NumberOutOfRange if kind in _RANGE_ERRORS else errors.TABLE.get(kind, errors.InvalidValue)
-    return row(f"{param or 'The body'} {_expectation(kind, text)}.", param=param)
+    return row(f"{param or 'The body'} {_expectation(problem)}.", param=param)
 
 
-def _expectation(kind: str, text: str) -> str:
-    if kind == "missing":
+def _expectation(problem: ErrorDetails) -> str:
+    if problem["type"] == "missing":
         return "is required"
-    for noun in ("Input", "String", "List", "Dictionary"):
-        text = text.removeprefix(f"{noun} should ").removeprefix("be ") if text.startswith(noun) else text
-    return text
+    return _SUBJECT.sub("must", _COUNT.sub("", problem["msg"]))
 
 
 def _path(loc: Sequence[str | int]) -> str:
@@ -152,10 +154,10 @@ def _path(loc: Sequence[str | int]) -> str:
 
 
 def _param(loc: Sequence[str | int]) -> str | None:
-    """The dotted path, as far as it is made of names: the rest would repeat the caller's own keys."""
+    """The dotted path, as far as it is made of names that are not the caller's own keys."""
     parts: list[str] = []
     for part in loc:
-        if isinstance(part, str) and not _NAME.fullmatch(part):
+        if (parts and parts[-1] in _CALLERS_KEYS) or (isinstance(part, str) and not _NAME.fullmatch(part)):
             break
         parts.append(str(part))
     return ".".join(parts) or None

@@ -14,7 +14,7 @@ class TokenizeRequest(WireModel):
     model: ModelName
     prompt: str | None = None
     messages: Messages | None = None
-    add_special_tokens: Annotated[bool, Field(description="Default: true for a prompt, false for a chat.")] | None = (
+    add_special_tokens: Annotated[bool, Field(description="Default true; a chat's come from its template.")] | None = (
         None
     )
     add_generation_prompt: bool | None = None
@@ -35,6 +35,8 @@ class TokenizeRequest(WireModel):
             raise PydanticCustomError("prompt", "or messages must be given, and not both")
         if self.prompt is not None and self.add_generation_prompt is not None:
             raise PydanticCustomError("add_generation_prompt", "is only allowed with messages")
+        if self.messages is not None and self.add_special_tokens:
+            raise PydanticCustomError("add_special_tokens", "is only allowed with prompt")
         return self
 
 

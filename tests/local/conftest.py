@@ -47,9 +47,11 @@ FILES = {
         import os, pathlib, signal, sys
         if "worker" in sys.argv and os.environ.get("BROKEN_WORKER"):
             sys.exit("the model cannot be loaded")
+        ready = pathlib.Path(os.environ["SWITCHYARD_HOME"], "worker.ready")
         if "worker" in sys.argv:
-            pathlib.Path(os.environ["SWITCHYARD_HOME"], "worker.ready").write_text("")
+            ready.write_text("")
         signal.sigwait([signal.SIGTERM])
+        ready.unlink(missing_ok=True)
     """,
     "db/__init__.py": "",
     "db/migrate.py": """

@@ -1,0 +1,60 @@
+# Every command of the project. `make` alone lists them.
+
+VENV   := .venv
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(if $(shell $(name) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(name))) python3)
+RUN    := $(VENV)/bin/python
+
+# Passed on to the command: make test ARGS="tests/api -k stream", make logs NAME=worker-gpt
+ARGS ?=
+NAME ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev models up down status logs test check format bench clean
+
+help: ## List the commands
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Settings go behind the command or into .env: make up SWITCHYARD_PORT=8081 (see .env.example)"
+
+install: ## Install everything that runs into .venv (done by itself before the other commands)
+	@$(PYTHON) local/install.py
+
+install-dev: ## Install what tests and checks need as well
+	@$(PYTHON) local/install.py --dev
+
+models: install ## Prepare the small models that switchyard.yaml names
+	@$(RUN) -m local.models
+
+up: install ## Start everything on this machine and print a key and a first call
+	@$(RUN) -m local.stack up
+
+down: ## Stop everything; data and keys are kept
+	@if [ -x $(RUN) ]; then $(RUN) -m local.stack down; fi
+
+status: install ## Show processes, models and queues
+	@$(RUN) -m local.stack status
+
+logs: install ## Follow the logs of all processes, or of those whose name starts with NAME
+	@$(RUN) -m local.stack logs $(NAME)
+
+test: install-dev ## Run the tests against real servers and real small models
+	@$(RUN) -m local.models --all
+	$(RUN) -m pytest $(ARGS)
+
+check: install-dev ## Check format, lint, types and the direction of imports
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: install-dev ## Format the code and apply safe fixes
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+bench: install-dev ## Run the benchmarks; ARGS names one of them
+	@$(RUN) -m local.models --all
+	$(RUN) -m benchmarks $(ARGS)
+
+clean: down ## Remove the environment and all caches; data and models are kept
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

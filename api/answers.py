@@ -1,0 +1,159 @@
+"""What leaves an inference route: the hit, the answer, the stream or the 202, with its headers."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from api import decoding, errors, schemas, views, wishes
+from api.gateway import Accepted, Gateway
+from api.wishes import Wish
+from db.api_keys import ApiKey
+from db.cache import Hit
+from db.jobs import Outcome
+from db.lanes import LaneDown
+from db.models import JobStatus
+from db.request_log import Entry
+from tasks.call import Call
+from tasks.responses import Frames, Identity
+
+SSE = "text/event-stream"
+NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def infer(request: Request, endpoint: str, caller: ApiKey) -> Response:
+    """Any inference route: read, submit, answer."""
+    gateway: Gateway = request.app.state.gateway
+    limits = gateway.catalog.limits
+    body = await decoding.read_body(request, limits)
+    call = schemas.parse(endpoint, decoding.decode(body, limits), limits)
+    wish = wishes.read(request.headers, gateway.config.wait_s)
+    return await answer(request, gateway, call, caller, wish)
+
+
+async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey, wish: Wish) -> Response:
+    """Submit a call and answer in the form that it and its wish ask for."""
+    entry: Entry = request.state.log
+    entry.requested_model, entry.is_stream = call.model[:256], call.stream
+    if gateway.config.log_prompts:
+        entry.prompt = orjson.dumps(call.messages or call.inputs).decode()
+    try:
+        made = await gateway.submit(call, caller, wish, entry.request_id)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if isinstance(made, Hit):
+        return _from_cache(entry, call, made)
+    entry.job_id, entry.model, entry.backend = made.job_id, made.model, made.backend
+    entry.cache_verdict, entry.prompt_tokens = made.cache_verdict, made.call.prompt_tokens
+    headers = _headers(made)
+    if wish.preference_applied:
+        headers |= {"Preference-Applied": wish.preference_applied, "Vary": "Prefer"}
+    if call.stream and not wish.is_async:
+        return StreamingResponse(_watched(gateway, made, caller, wish), 200, headers | NO_BUFFERING, SSE)
+    try:
+        outcome = await _wait(request, gateway, made, caller, wish)
+    finally:
+        made.watch.close()
+    if outcome is None:
+        return await _accepted(gateway, made, caller, headers)
+    return _from_outcome(gateway, entry, outcome, headers)
+
+
+async def _wait(request: Request, gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish) -> Outcome | None:
+    """Wait as long as asked. A caller who said so takes the job along when it hangs up."""
+    if wish.wait_s == 0:
+        return None
+    if not wish.cancels_on_disconnect:
+        return await gateway.wait(made.watch, wish.wait_s)
+    waiting = asyncio.ensure_future(gateway.wait(made.watch, wish.wait_s))
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done() and not waiting.done():
+            await gateway.cancel(made.job_id, caller.tenant)
+        return await waiting
+    finally:
+        leaving.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _watched(gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish) -> AsyncIterator[bytes]:
+    """The stream; closes its watch, and cancels the job where the caller asked for that and is gone."""
+    is_whole = False
+    try:
+        async for piece in gateway.stream(made.identity, made.call, made.watch):
+            yield piece
+        is_whole = True
+    except errors.APIError as error:
+        yield errors.stream_error(error)
+        is_whole = True
+    finally:
+        made.watch.close()
+        if not is_whole and wish.cancels_on_disconnect:
+            with contextlib.suppress(LaneDown):
+                await asyncio.shield(gateway.cancel(made.job_id, caller.tenant))
+
+
+async def _accepted(gateway: Gateway, made: Accepted, caller: ApiKey, headers: dict[str, str]) -> Response:
+    """202: the job goes on by itself."""
+    try:
+        view = await gateway.views.submit((made.job_id, caller.tenant))
+    except LaneDown:
+        view = None
+    body = views.job(view) if view is not None else {"id": str(made.job_id), "object": "job", "status": "queued"}
+    location = {"Location": f"/v1/jobs/{made.job_id}", "Retry-After": "1"}
+    return Response(orjson.dumps(body), 202, headers | location, "application/json")
+
+
+def _from_outcome(gateway: Gateway, entry: Entry, outcome: Outcome, headers: dict[str, str]) -> Response:
+    entry.queue_ms, entry.ttft_ms = outcome.queue_ms, outcome.ttft_ms
+    if outcome.status is not JobStatus.SUCCEEDED:
+        raise gateway.error_of(outcome)
+    _count_usage(entry, outcome.usage)
+    return Response(outcome.body, 200, headers | times(outcome), "application/json")
+
+
+def _from_cache(entry: Entry, call: Call, hit: Hit) -> Response:
+    entry.model, entry.backend, entry.cache_verdict, entry.job_id = hit.model, hit.backend, "HIT", hit.job_id
+    _count_usage(entry, hit.usage)
+    headers = {
+        "x-cache": "HIT",
+        "Age": str(hit.age_s),
+        "x-cache-key": hit.key.hex(),
+        "x-model-used": hit.model,
+        "x-backend": hit.backend,
+        "x-job-id": str(hit.job_id),
+    }
+    if not call.stream:
+        return Response(hit.body, 200, headers, "application/json")
+    body = orjson.loads(hit.body)
+    frames = Frames(Identity(call.endpoint, hit.job_id, hit.model, body["created"]), call)
+    return Response(b"".join(frames.replay(body)), 200, headers | NO_BUFFERING, SSE)
+
+
+def _count_usage(entry: Entry, usage: Mapping[str, int] | None) -> None:
+    if usage:
+        entry.prompt_tokens, entry.completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+
+
+def _headers(made: Accepted) -> dict[str, str]:
+    return {
+        "x-job-id": str(made.job_id),
+        "x-cache": made.cache_verdict,
+        "x-model-used": made.model,
+        "x-backend": made.backend,
+        "x-route-reason": made.decision.reason,
+    }
+
+
+def times(outcome: Outcome) -> dict[str, str]:
+    """Milliseconds in the queue and in the worker."""
+    measured = {"x-queue-time": outcome.queue_ms, "x-inference-time": outcome.run_ms}
+    return {name: f"{value:.1f}" for name, value in measured.items() if value is not None}

@@ -1,0 +1,36 @@
+"""create_app(): lifespan, middleware, error handlers, routers; nothing else."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+
+import settings
+from api import errors
+from api.auth import Keys
+from api.gateway import Gateway
+from api.request_log import RequestLog
+from api.routes import cache, health, inference, jobs, models
+
+VERSION = "0.1.0"
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    config = settings.load()
+    app.state.is_stopping = False
+    app.state.keys = Keys(config.database_url)
+    app.state.gateway = Gateway(config)
+    yield
+    await app.state.gateway.close()
+    await app.state.keys.close()
+
+
+def create_app() -> FastAPI:
+    """The ASGI application of one gateway process."""
+    app = FastAPI(title="Switchyard", version=VERSION, lifespan=_lifespan, docs_url="/docs", redoc_url=None)
+    for family in (inference, jobs, models, cache, health):
+        app.include_router(family.router)
+    errors.install(app)
+    app.add_middleware(RequestLog)
+    return app

@@ -1,0 +1,67 @@
+"""Who calls: the API key of a request, checked per route.
+
+A key found valid is remembered for two seconds, so a revocation takes effect within two.
+"""
+
+import time
+
+from starlette.requests import Request
+
+from api import errors
+from db import api_keys
+from db.api_keys import ApiKey
+from db.lanes import Lane, LaneDown
+
+_REMEMBERED_S = 2.0
+_MAX_REMEMBERED = 10_000
+
+
+class Keys:
+    """Verifies secrets against the ledger."""
+
+    def __init__(self, database_url: str) -> None:
+        self._lane = Lane(database_url, api_keys.verify)
+        self._known: dict[bytes, tuple[float, ApiKey]] = {}
+
+    async def verify(self, secret: str) -> ApiKey | None:
+        """The living key with this secret. Raises LaneDown: a database that is away is not a bad key."""
+        digest = api_keys.hash_of(secret)
+        known = self._known.get(digest)
+        if known is not None and known[0] > time.monotonic():
+            return known[1]
+        self._known.pop(digest, None)
+        key = await self._lane.submit(digest)
+        if key is not None:
+            if len(self._known) >= _MAX_REMEMBERED:
+                self._known.clear()
+            self._known[digest] = (time.monotonic() + _REMEMBERED_S, key)
+        return key
+
+    async def close(self) -> None:
+        await self._lane.close()
+
+
+async def authenticate(request: Request) -> ApiKey:
+    """The caller of a request. Every route but the health checks depends on this."""
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    secret = secret.strip()
+    if scheme.lower() != "bearer" or not secret.startswith(api_keys.PREFIX) or len(secret) > 128:
+        raise errors.Unauthorized()
+    keys: Keys = request.app.state.keys
+    try:
+        key = await keys.verify(secret)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if key is None:
+        raise errors.Unauthorized()
+    entry = request.state.log
+    entry.tenant, entry.api_key_id = key.tenant, key.id
+    return key
+
+
+async def authenticate_admin(request: Request) -> ApiKey:
+    """The caller, who must hold an admin key."""
+    key = await authenticate(request)
+    if not key.is_admin:
+        raise errors.Forbidden()
+    return key

@@ -1,0 +1,399 @@
+"""The gateway's half of the life of a call: submit → wait | stream | cancel. Start reading here.
+
+`submit` is the list of everything that can answer or refuse a call before a job exists. From its last
+line on the job is the ledger's; a waiter or a stream only watches it.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+import orjson
+import structlog
+
+import catalog
+import settings
+from api import errors, wishes
+from api.prompts import Prompts
+from api.wishes import CachePlan, Wish
+from catalog import ModelSpec
+from db import cache, jobs, request_log, workers
+from db.api_keys import ApiKey
+from db.cache import Hit
+from db.jobs import Depth, NewJob, Outcome
+from db.lanes import Lane, LaneDown
+from db.models import TERMINAL, JobStatus
+from db.session import Cursor
+from tasks import inference, metrics, router, transport
+from tasks.call import Call
+from tasks.responses import Frames, Identity
+from tasks.router import Decision, Load
+from tasks.stream import Subscriber, Watch
+
+log = structlog.get_logger()
+
+_SURVEY_S = 0.5
+_SWEEP_S = 1.0
+_KEEP_ALIVE_S = 10.0
+_TOUCH_S = 5.0
+_KEY_VERSION = b"switchyard-cache-1\0"
+
+
+@dataclass(slots=True)
+class Accepted:
+    """A job that now exists, watched by its caller."""
+
+    job_id: uuid.UUID
+    call: Call
+    decision: Decision
+    created: int
+    """Unix seconds, by Postgres's clock."""
+    cache_verdict: str
+    watch: Watch
+
+    @property
+    def model(self) -> str:
+        assert self.decision.chosen is not None
+        return self.decision.chosen.model
+
+    @property
+    def backend(self) -> str:
+        assert self.decision.chosen is not None
+        return self.decision.chosen.backend
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.call.endpoint, self.job_id, self.model, self.created)
+
+
+class Gateway:
+    """What one gateway process owns, and what it does with calls. Made inside the event loop."""
+
+    def __init__(self, config: settings.Settings) -> None:
+        url = config.database_url
+        self.config = config
+        self.catalog = catalog.load(config.config, config.models_dir)
+        self.prompts = Prompts(self.catalog)
+        self.lookups = Lane(url, cache.lookup)
+        self._touches = Lane(url, cache.touch, is_durable=False)
+        self._durable_inserts = Lane(url, jobs.insert)
+        self._relaxed_inserts = Lane(url, jobs.insert, is_durable=False)
+        self.outcomes = Lane(url, jobs.outcome)
+        self.views = Lane(url, jobs.view)
+        self.payloads = Lane(url, jobs.payload)
+        self.pages = Lane(url, jobs.find)
+        self.cancels = Lane(url, jobs.cancel)
+        self.purges = Lane(url, cache.purge)
+        self.cache_stats = Lane(url, cache.stats)
+        self.log_entries = Lane(url, request_log.append, is_durable=False)
+        self._surveys = Lane(url, _survey)
+        self._ended = Lane(url, jobs.ended)
+        self._redis = transport.connect(config.redis_url)
+        self._outbox = transport.Outbox(self._redis)
+        self.subscriber = Subscriber(config.redis_url)
+        self.loads: dict[str, Load] = {}
+        self.surveyed_at = float("-inf")
+        """time.monotonic() of the last time Postgres described its workers and queues."""
+        self._hits: dict[bytes, int] = {}
+        self._background = [
+            asyncio.create_task(self._survey_forever(), name="survey"),
+            asyncio.create_task(self._sweep_forever(), name="sweep"),
+            asyncio.create_task(self._touch_forever(), name="touch"),
+        ]
+
+    async def close(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.subscriber.close()
+        await self._outbox.close()
+        await self._redis.aclose()
+        lanes = [value for value in vars(self).values() if isinstance(value, Lane)]
+        await asyncio.gather(*[lane.close() for lane in lanes])
+
+    async def submit(self, call: Call, caller: ApiKey, wish: Wish, request_id: str) -> Hit | Accepted:
+        """Answer from the cache, or make a job. Whatever refuses the call raises before a row exists."""
+        steps = _Steps()
+        models = self._models(call)
+        plan = wishes.plan_cache(call, wish.cache, self.catalog.cache)
+        keys = {model.name: cache_key(call, model, caller.tenant) for model in models}
+        hit, verdict = await self._look_up(plan, wish, list(keys.values()))
+        steps.mark("cache_ms")
+        if hit is not None:
+            return hit
+        if wish.cache.is_only_if_cached:
+            raise errors.OnlyIfCached()
+        tokenised, refusals = await self._tokenise(call, models)
+        steps.mark("tokenise_ms")
+        decision = self._route(call, tokenised, refusals, wish)
+        steps.mark("route_ms")
+        assert decision.chosen is not None
+        ready = tokenised[decision.chosen.model]
+        assert isinstance(ready, Call)
+        ready = replace(ready, model=decision.chosen.model)
+        job = self._new_job(ready, caller, wish, request_id, decision, verdict, plan, keys, steps.done)
+        return await self._accept(job, ready, decision, wish)
+
+    async def wait(self, watch: Watch, wait_s: float) -> Outcome | None:
+        """The outcome once the watched job has ended; None if it takes longer than `wait_s`."""
+        await asyncio.wait({watch.ended}, timeout=wait_s)
+        if not watch.ended.done():
+            return None
+        outcome = await self._outcome(uuid.UUID(watch.job_id))
+        if outcome is None:
+            # Postgres itself crashed before this job's relaxed insert reached its disk.
+            raise errors.DependencyUnavailable("The job was lost with a restart of the database; send it again.")
+        return outcome if outcome.status in TERMINAL else None
+
+    async def stream(self, identity: Identity, call: Call, watch: Watch, after: int = 0) -> AsyncIterator[bytes]:
+        """The watched job as server-sent events, each with its number as id. Where Redis lost some, the rest comes
+        from the stored answer. A stream that fails ends with an error event, never with `[DONE]`."""
+        frames = Frames(identity, call)
+        sent: dict[int, int] = {}
+        status: str | None = None
+        async for event in self.subscriber.events(watch, after, _KEEP_ALIVE_S):
+            if event is None:
+                yield b": keep-alive\n\n"
+            elif event.piece is not None:
+                piece, choice = event.piece, event.choice
+                sent[choice] = sent.get(choice, 0) + len(piece.text)
+                if piece.text or piece.finish_reason or piece.logprobs:
+                    yield frames.chunk(choice, piece.text, piece.logprobs, piece.finish_reason, event.seq)
+            else:
+                status = event.status
+        outcome = await self._outcome(identity.job_id)
+        if outcome is None or outcome.status is not JobStatus.SUCCEEDED:
+            yield errors.stream_error(self.error_of(outcome))
+            return
+        if status is None and not after:
+            for lost in self._rest(frames, outcome, sent):
+                yield lost
+        yield frames.end(outcome.usage)
+
+    async def cancel(self, job_id: uuid.UUID, tenant: str) -> JobStatus | None:
+        """Cancel for good; the state afterwards, None if the tenant has no such job."""
+        status = await self.cancels.submit((job_id, tenant))
+        if status is JobStatus.CANCELLED:
+            self._outbox.send("PUBLISH", transport.STOP_CHANNEL, orjson.dumps([str(job_id)]))
+            self._outbox.send("PUBLISH", transport.DONE_CHANNEL, orjson.dumps([[str(job_id), status]]))
+        return status
+
+    @staticmethod
+    def error_of(outcome: Outcome | None) -> errors.APIError:
+        """Why a job has no answer."""
+        if outcome is None:
+            return errors.DependencyUnavailable()
+        if outcome.status is JobStatus.CANCELLED:
+            return errors.JobCancelled()
+        return errors.from_job(outcome.error or {})
+
+    def model_state(self, model: ModelSpec) -> str:
+        """ready, loading or down, by the best of the model's backends."""
+        loads = [self.loads.get(name, Load()) for name in model.entry.backends]
+        if any(load.ready for load in loads):
+            return "ready"
+        return "loading" if any(load.is_loading for load in loads) else "down"
+
+    @property
+    def is_surveying(self) -> bool:
+        """Whether Postgres answered lately."""
+        return time.monotonic() - self.surveyed_at < 4.0
+
+    def _models(self, call: Call) -> list[ModelSpec]:
+        models = router.models_for(self.catalog, call)
+        if not models:
+            raise errors.ModelNotFound(param="model")
+        if not any(call.task in model.tasks for model in models):
+            raise errors.ModelNotFound("The model exists, but does not do this task.", param="model")
+        return models
+
+    async def _look_up(self, plan: CachePlan, wish: Wish, keys: Sequence[bytes]) -> tuple[Hit | None, str]:
+        if not plan.is_read:
+            return None, f"BYPASS; {plan.reason}"
+        found = await asyncio.gather(*[self.lookups.submit(key) for key in keys])
+        hits = [hit for hit in found if hit is not None]
+        if not hits:
+            return None, "MISS; not stored"
+        if wish.cache.max_age_s is not None and hits[0].age_s > wish.cache.max_age_s:
+            return None, "MISS; older than max-age"
+        self._hits[hits[0].key] = self._hits.get(hits[0].key, 0) + 1
+        return hits[0], "HIT"
+
+    async def _tokenise(
+        self, call: Call, models: Sequence[ModelSpec]
+    ) -> tuple[dict[str, Call | str], dict[str, errors.APIError]]:
+        tokenised: dict[str, Call | str] = {}
+        refusals: dict[str, errors.APIError] = {}
+        for model in models:
+            if call.task not in model.tasks:
+                continue
+            try:
+                tokenised[model.name] = await self.prompts.tokenise(call, model)
+            except errors.APIError as error:
+                tokenised[model.name] = error.code
+                refusals[model.name] = error
+        return tokenised, refusals
+
+    def _route(self, call: Call, tokenised: dict[str, Call | str], refusals: dict[str, errors.APIError],
+               wish: Wish) -> Decision:  # fmt: skip
+        decision = router.choose(self.catalog, call, tokenised, self.loads, can_wait=wish.is_async)
+        if decision.chosen is None:
+            raise _refusal(decision, refusals)
+        metrics.ROUTER_CHOICES.labels(
+            call.model if call.model == "auto" else decision.candidates[0].model,
+            decision.chosen.model,
+            decision.chosen.backend,
+        ).inc()
+        return decision
+
+    def _new_job(self, call: Call, caller: ApiKey, wish: Wish, request_id: str, decision: Decision, verdict: str,
+                 plan: CachePlan, keys: dict[str, bytes], timings: dict[str, float]) -> NewJob:  # fmt: skip
+        assert decision.chosen is not None
+        return NewJob(
+            id=uuid7(),
+            tenant=caller.tenant,
+            api_key_id=caller.id,
+            request_id=request_id,
+            endpoint=call.endpoint,
+            task=call.task,
+            requested_model=decision.requested_model,
+            model=call.model,
+            model_revision=self.catalog.models[call.model].revision,
+            backend=decision.chosen.backend,
+            is_stream=call.stream,
+            payload=call.without_text().encode(),
+            metadata=orjson.dumps(wish.metadata).decode() if wish.metadata else None,
+            decision=orjson.dumps(decision.as_json()).decode(),
+            cache_verdict=verdict,
+            cache_key=keys[call.model],
+            cache_ttl_s=self.catalog.cache.ttl_s if plan.is_written else None,
+            is_cache_refresh=plan.is_refresh,
+            prompt_tokens=call.prompt_tokens,
+            timings=orjson.dumps(timings).decode(),
+            timeout_s=wish.timeout_s,
+        )
+
+    async def _accept(self, job: NewJob, call: Call, decision: Decision, wish: Wish) -> Accepted:
+        """Commit the row, then send the message: the other order could run a job that nobody recorded.
+
+        Whoever waits for the answer itself is promised nothing before it, and the answer's own commit
+        carries this row to the disk with it; only they get the relaxed insert, one fsync less.
+        """
+        is_promised = job.is_stream or wish.is_async or wish.wait_s < 1.0
+        inserts = self._durable_inserts if is_promised else self._relaxed_inserts
+        watch = self.subscriber.watch(job.id)
+        try:
+            created = await inserts.submit(job)
+        except BaseException:
+            watch.close()
+            raise
+        inference.enqueue(self._outbox, [(job.id, job.backend, job.task)])
+        self._count_queued(job.backend, job.prompt_tokens)
+        log.info("job.accepted", job_id=str(job.id), request_id=job.request_id, model=job.model, backend=job.backend,
+                 endpoint=job.endpoint, prompt_tokens=job.prompt_tokens)  # fmt: skip
+        return Accepted(job.id, call, decision, int(created.timestamp()), job.cache_verdict, watch)
+
+    def _count_queued(self, backend: str, tokens: int) -> None:
+        """Between two surveys the queue is at least as deep as what this process added."""
+        load = self.loads.get(backend, Load())
+        depth = replace(load.depth, num_queued=load.depth.num_queued + 1, queued_tokens=load.depth.queued_tokens + tokens)
+        self.loads[backend] = replace(load, depth=depth)
+
+    async def _outcome(self, job_id: uuid.UUID) -> Outcome | None:
+        try:
+            return await self.outcomes.submit(job_id)
+        except LaneDown:
+            raise errors.DependencyUnavailable() from None
+
+    @staticmethod
+    def _rest(frames: Frames, outcome: Outcome, sent: dict[int, int]) -> list[bytes]:
+        """What of the stored answer has not been sent yet."""
+        assert outcome.body is not None
+        rest = []
+        for choice in orjson.loads(outcome.body)["choices"]:
+            text = choice["message"]["content"] if "message" in choice else choice["text"]
+            rest.append(frames.chunk(choice["index"], text[sent.get(choice["index"], 0) :], [],
+                                     choice["finish_reason"]))  # fmt: skip
+        return rest
+
+    async def _survey_forever(self) -> None:
+        while True:
+            with contextlib.suppress(LaneDown):
+                lives, depths = await self._surveys.submit(None)
+                self.loads = {
+                    name: Load(tuple(life for life in lives if life.backend == name), depths.get(name, Depth(0, 0, 0, 0.0)))
+                    for name in self.catalog.backends
+                }
+                self.surveyed_at = time.monotonic()
+            await asyncio.sleep(_SURVEY_S)
+
+    async def _sweep_forever(self) -> None:
+        """One question a second for all who wait: Redis may have lost the news of their job's end."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            watched = self.subscriber.watched
+            if watched:
+                with contextlib.suppress(LaneDown):
+                    self.subscriber.ended(map(str, await self._ended.submit(watched)))
+
+    async def _touch_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_TOUCH_S)
+            hits, self._hits = self._hits, {}
+            with contextlib.suppress(LaneDown):
+                await asyncio.gather(*[self._touches.submit(hit) for hit in hits.items()])
+
+
+def cache_key(call: Call, model: ModelSpec, tenant: str) -> bytes:
+    """SHA-256 over everything that changes the answer, and whose it is."""
+    entry = model.entry
+    scope = [tenant, model.name, model.revision, model.context_length, entry.default_max_tokens, entry.mask]
+    canonical = orjson.dumps([scope, call.canonical()], option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    return hashlib.sha256(_KEY_VERSION + canonical).digest()
+
+
+def uuid7() -> uuid.UUID:
+    """A time-ordered random id (RFC 9562): new rows land at one end of the primary key's index."""
+    value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
+    return uuid.UUID(int=value & ~(0xF << 76 | 0x3 << 62) | 0x7 << 76 | 0x2 << 62)
+
+
+class _Steps:
+    """How long each step before the job took, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self.done[name] = round((now - self._last) * 1000, 3)
+        self._last = now
+
+
+def _survey(cursor: Cursor, items: Sequence[None]) -> list[tuple[list[workers.Life], dict[str, Depth]]]:
+    return [(workers.alive(cursor), jobs.depths(cursor))] * len(items)
+
+
+def _refusal(decision: Decision, refusals: dict[str, errors.APIError]) -> errors.APIError:
+    """Why nobody can take the call: the caller's own mistakes first, then what time will mend."""
+    dropped = {candidate.dropped: candidate for candidate in reversed(decision.candidates)}
+    for code in ("queue_full", "loading", "no_worker"):
+        if code in dropped and not refusals:
+            if code == "queue_full":
+                return errors.QueueFull()
+            state = "still loading" if code == "loading" else "not up"
+            return errors.ModelUnavailable(f"The model is {state}; try again soon.")
+    if refusals:
+        return next(iter(refusals.values()))
+    if (candidate := dropped.get("unsupported_parameter")) is not None:
+        return errors.UnsupportedParameter(f"This model does not support {candidate.param}.", param=candidate.param)
+    return errors.ModelNotFound("The model exists, but does not do this task.", param="model")
+
+

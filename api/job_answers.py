@@ -1,0 +1,143 @@
+"""What leaves the job routes. Another tenant's job and an unknown one get the same 404."""
+
+from collections.abc import AsyncIterator
+from uuid import UUID
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from api import answers, decoding, errors, schemas, views, wishes
+from api.gateway import Gateway
+from api.wishes import Wish
+from db.api_keys import ApiKey
+from db.jobs import Filter, View
+from db.lanes import LaneDown
+from db.models import TERMINAL, JobStatus
+from tasks.call import Call
+from tasks.responses import Identity
+
+
+async def create(request: Request, caller: ApiKey) -> Response:
+    """202 and the job; or its answer at once where the cache has it."""
+    gateway: Gateway = request.app.state.gateway
+    limits = gateway.catalog.limits
+    wanted = schemas.parse_job(decoding.decode(await decoding.read_body(request, limits), limits), limits)
+    asked = wishes.read(request.headers, gateway.config.wait_s)
+    wish = Wish(
+        cache=asked.cache,
+        wait_s=asked.wait_s if asked.preference_applied else 0.0,
+        is_async=True,
+        preference_applied=asked.preference_applied,
+        metadata=wanted.metadata,
+        timeout_s=wanted.timeout_s,
+    )
+    return await answers.answer(request, gateway, wanted.call, caller, wish)
+
+
+async def page(request: Request, wanted: Filter) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    try:
+        found = await gateway.pages.submit(wanted)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    shown = found[: wanted.limit]
+    body = {
+        "object": "list",
+        "data": [views.job(view) for view in shown],
+        "first_id": str(shown[0].id) if shown else None,
+        "last_id": str(shown[-1].id) if shown else None,
+        "has_more": len(found) > len(shown),
+    }
+    return _json(body)
+
+
+async def get(request: Request, caller: ApiKey, job_id: UUID, wait_s: float) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    watch = gateway.subscriber.watch(job_id)
+    try:
+        view = await _view(gateway, caller, job_id)
+        if wait_s and view.status not in TERMINAL:
+            await gateway.wait(watch, wait_s)
+            view = await _view(gateway, caller, job_id)
+    finally:
+        watch.close()
+    return _json(views.job(view), 200 if view.status in TERMINAL else 202)
+
+
+async def result(request: Request, caller: ApiKey, job_id: UUID) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    view = await _view(gateway, caller, job_id)
+    if view.status not in TERMINAL:
+        return _json(views.job(view), 202, {"Retry-After": "1"})
+    try:
+        outcome = await gateway.outcomes.submit(job_id)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if outcome is None or outcome.status is not JobStatus.SUCCEEDED:
+        raise gateway.error_of(outcome)
+    headers = {"x-job-id": str(job_id), "x-model-used": outcome.model, "x-backend": outcome.backend}
+    return Response(outcome.body, 200, headers | answers.times(outcome), "application/json")
+
+
+async def stream(request: Request, caller: ApiKey, job_id: UUID, starting_after: int | None) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    last = request.headers.get("last-event-id", "")
+    after = starting_after if starting_after is not None else int(last) if last.isdecimal() and len(last) < 10 else 0
+    view = await _view(gateway, caller, job_id)
+    try:
+        payload = await gateway.payloads.submit(job_id)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if payload is None:
+        raise errors.JobNotFound()
+    call = Call.decode(payload)
+    if call.task != "generate":
+        raise errors.ConflictState("Only generation jobs can be streamed; read the job's result instead.")
+    identity = Identity(view.endpoint, view.id, view.model, int(view.created_at.timestamp()))
+    return StreamingResponse(
+        _frames(gateway, identity, call, after), 200, answers.NO_BUFFERING | {"x-job-id": str(job_id)}, answers.SSE
+    )
+
+
+async def _frames(gateway: Gateway, identity: Identity, call: Call, after: int) -> AsyncIterator[bytes]:
+    watch = gateway.subscriber.watch(identity.job_id)
+    try:
+        async for piece in gateway.stream(identity, call, watch, after):
+            yield piece
+    except errors.APIError as error:
+        yield errors.stream_error(error)
+    finally:
+        watch.close()
+
+
+async def cancel(request: Request, caller: ApiKey, job_id: UUID) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    try:
+        status = await gateway.cancel(job_id, caller.tenant)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if status is None:
+        raise errors.JobNotFound()
+    if status is not JobStatus.CANCELLED:
+        raise errors.ConflictState(f"The job has already {status}.")
+    return _json(views.job(await _view(gateway, caller, job_id)))
+
+
+async def explain(request: Request, caller: ApiKey, job_id: UUID) -> Response:
+    return _json(views.explanation(await _view(request.app.state.gateway, caller, job_id)))
+
+
+async def _view(gateway: Gateway, caller: ApiKey, job_id: UUID) -> View:
+    """The caller's own job; an admin's key sees every tenant's."""
+    try:
+        view = await gateway.views.submit((job_id, None if caller.is_admin else caller.tenant))
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if view is None:
+        raise errors.JobNotFound()
+    return view
+
+
+def _json(body: views.JSON, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, headers, "application/json")

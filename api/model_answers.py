@@ -1,0 +1,72 @@
+"""What leaves the model routes."""
+
+from dataclasses import asdict
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api import decoding, errors, schemas
+from api.gateway import Gateway
+from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
+from catalog import ModelSpec
+
+_CREATED = 1_735_689_600
+"""OpenAI's model object has a creation time; ours is fixed, for a folder's own says nothing."""
+
+
+def everything(request: Request) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    data = [_model(gateway, model) for model in gateway.catalog.models.values()]
+    return _json({"object": "list", "data": data})
+
+
+def one(request: Request, name: str) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    return _json(_model(gateway, _known(gateway, name)))
+
+
+async def tokenize(request: Request) -> Response:
+    """vLLM's answer."""
+    gateway: Gateway = request.app.state.gateway
+    wanted = schemas.read(TokenizeRequest, await _body(request, gateway))
+    counted = await gateway.prompts.count(wanted, _known(gateway, wanted.model))
+    return _json(asdict(counted))
+
+
+async def detokenize(request: Request) -> Response:
+    """vLLM's answer."""
+    gateway: Gateway = request.app.state.gateway
+    wanted = schemas.read(DetokenizeRequest, await _body(request, gateway))
+    return _json({"prompt": await gateway.prompts.detokenize(_known(gateway, wanted.model), wanted.tokens)})
+
+
+async def _body(request: Request, gateway: Gateway) -> dict[str, object]:
+    limits = gateway.catalog.limits
+    return decoding.decode(await decoding.read_body(request, limits), limits)
+
+
+def _known(gateway: Gateway, name: str) -> ModelSpec:
+    model = gateway.catalog.model(name)
+    if model is None:
+        raise errors.ModelNotFound(param="model")
+    return model
+
+
+def _model(gateway: Gateway, model: ModelSpec) -> dict[str, object]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": _CREATED,
+        "owned_by": "switchyard",
+        "max_model_len": model.context_length,
+        "tasks": model.tasks,
+        "backends": model.entry.backends,
+        "aliases": model.entry.aliases,
+        "revision": model.revision,
+        "state": gateway.model_state(model),
+    }
+
+
+def _json(body: dict[str, object]) -> Response:
+    return Response(orjson.dumps(body), media_type="application/json")

@@ -1,0 +1,73 @@
+"""The outermost layer: gives each request its id, and accounts for it once it is answered."""
+
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api import metrics
+from db.request_log import Entry
+
+if TYPE_CHECKING:
+    from api.gateway import Gateway
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestLog:
+    """ASGI middleware. `request.state.log` is the entry that later steps fill in."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id = _given_id(scope) or uuid.uuid4().hex
+        entry = Entry(request_id=request_id, endpoint="unknown")
+        state = scope.setdefault("state", {})
+        state["log"], state["request_id"] = entry, request_id
+        raw_id = (b"x-request-id", request_id.encode())
+
+        async def stamp(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                entry.status_code = message["status"]
+                headers = message["headers"]
+                if not any(name == b"x-request-id" for name, _ in headers):
+                    message["headers"] = [*headers, raw_id]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, stamp)
+        finally:
+            _account(scope, entry, time.perf_counter() - started)
+
+
+def _given_id(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value.decode())
+    return None
+
+
+def _account(scope: Scope, entry: Entry, seconds: float) -> None:
+    route = getattr(scope.get("route"), "path", "unmatched")
+    method = scope["method"] if route != "unmatched" else "any"
+    metrics.REQUEST_SECONDS.labels(route, method).observe(seconds)
+    metrics.REQUESTS.labels(route, method, entry.status_code).inc()
+    if entry.error_code:
+        metrics.ERRORS.labels(route, entry.error_code).inc()
+    if not route.startswith("/v1/"):
+        return
+    entry.endpoint, entry.duration_ms = route, seconds * 1000
+    if entry.cache_verdict:
+        verdict, _, reason = entry.cache_verdict.partition("; ")
+        metrics.CACHE.labels(verdict, reason).inc()
+    gateway: Gateway | None = getattr(scope["app"].state, "gateway", None)
+    if gateway is not None:
+        # Nobody waits for this line: an answer is not held up, nor lost, for its own account.
+        gateway.log_entries.submit(entry).add_done_callback(lambda future: future.cancelled() or future.exception())

@@ -1,0 +1,1 @@
+"""The table of contents: path, types, one call. No logic."""

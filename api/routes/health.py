@@ -1,0 +1,35 @@
+"""Health and metrics. `/healthz` and `/readyz` are open; `/metrics` needs a key."""
+
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Depends, Request, Response
+
+from api import auth, metrics
+from api.gateway import Gateway
+from db.api_keys import ApiKey
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+async def healthz() -> Response:
+    """200 while the process answers."""
+    return Response(b'{"status":"ok"}', media_type="application/json")
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """200 while Postgres answers, with the state of every model; 503 otherwise and while stopping."""
+    gateway: Gateway = request.app.state.gateway
+    is_ready = gateway.is_surveying and not request.app.state.is_stopping
+    models = {name: gateway.model_state(model) for name, model in gateway.catalog.models.items()}
+    body = orjson.dumps({"status": "ready" if is_ready else "unavailable", "models": models})
+    return Response(body, 200 if is_ready else 503, media_type="application/json")
+
+
+@router.get("/metrics")
+async def prometheus(request: Request, caller: Annotated[ApiKey, Depends(auth.authenticate)]) -> Response:
+    """Prometheus's text format."""
+    gateway: Gateway = request.app.state.gateway
+    return Response(metrics.page(gateway.loads), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,70 @@
+"""Native jobs: submit, watch, read, cancel, explain."""
+
+from typing import Annotated, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from api import auth, job_answers, schemas
+from db.api_keys import ApiKey
+from db.jobs import Filter
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+Caller = Annotated[ApiKey, Depends(auth.authenticate)]
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+
+
+@router.post("", status_code=202, openapi_extra=schemas.openapi_extra("/v1/jobs"))
+async def create_job(request: Request, caller: Caller) -> Response:
+    """Submit any inference request as a job."""
+    return await job_answers.create(request, caller)
+
+
+@router.get("")
+async def list_jobs(
+    request: Request,
+    caller: Caller,
+    status: Status | None = None,
+    model: Annotated[str | None, Query(max_length=256)] = None,
+    endpoint: Annotated[str | None, Query(max_length=64)] = None,
+    after: UUID | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Response:
+    """The caller's jobs, newest first; `after` is the last id of the page before."""
+    wanted = Filter(tenant=caller.tenant, status=status, model=model, endpoint=endpoint, after=after, limit=limit)
+    return await job_answers.page(request, wanted)
+
+
+@router.get("/{job_id}")
+async def get_job(
+    request: Request, caller: Caller, job_id: UUID, wait: Annotated[float, Query(ge=0, le=300)] = 0
+) -> Response:
+    """The job object: 200 once it has ended, 202 before; `wait` holds the answer up to that many seconds."""
+    return await job_answers.get(request, caller, job_id, wait)
+
+
+@router.get("/{job_id}/result")
+async def get_job_result(request: Request, caller: Caller, job_id: UUID) -> Response:
+    """The answer as the inference route would have given it; 202 while the job has not ended."""
+    return await job_answers.result(request, caller, job_id)
+
+
+@router.get("/{job_id}/stream")
+async def stream_job(
+    request: Request, caller: Caller, job_id: UUID, starting_after: Annotated[int | None, Query(ge=0)] = None
+) -> Response:
+    """The job's output as server-sent events, from the start or after event `starting_after` (or Last-Event-ID)."""
+    return await job_answers.stream(request, caller, job_id, starting_after)
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_job(request: Request, caller: Caller, job_id: UUID) -> Response:
+    """Cancel the job, queued or running. Final."""
+    return await job_answers.cancel(request, caller, job_id)
+
+
+@router.get("/{job_id}/explain")
+async def explain_job(request: Request, caller: Caller, job_id: UUID) -> Response:
+    """The router's decision with every candidate, the cache verdict, and the time each step took."""
+    return await job_answers.explain(request, caller, job_id)

@@ -1,0 +1,96 @@
+"""A job as JSON: for its owner, and explained."""
+
+import datetime
+from typing import Any
+
+from db.jobs import View
+from db.models import TERMINAL
+
+JSON = dict[str, Any]
+
+
+def job(view: View) -> JSON:
+    """The job object. Times are Unix seconds; durations milliseconds."""
+    path = f"/v1/jobs/{view.id}"
+    return {
+        "id": str(view.id),
+        "object": "job",
+        "status": view.status,
+        "endpoint": view.endpoint,
+        "model": view.model,
+        "requested_model": view.requested_model,
+        "backend": view.backend,
+        "stream": view.is_stream,
+        "created_at": _seconds(view.created_at),
+        "started_at": _seconds(view.started_at),
+        "completed_at": _seconds(view.finished_at),
+        "deadline_at": _seconds(view.deadline_at),
+        "attempt": view.attempt,
+        "cache": {"verdict": view.cache_verdict, "key": view.cache_key},
+        "usage": view.usage,
+        "metrics": {
+            "queue_ms": _between(view.created_at, view.started_at),
+            "ttft_ms": _between(view.created_at, view.first_token_at),
+            "run_ms": _between(view.started_at, view.finished_at),
+        },
+        "error": view.error,
+        "urls": {
+            "get": path,
+            "result": f"{path}/result",
+            "stream": f"{path}/stream",
+            "cancel": f"{path}/cancel",
+            "explain": f"{path}/explain",
+        },
+        "metadata": view.metadata or {},
+    }
+
+
+def explanation(view: View) -> JSON:
+    """Why the job went where it went, and how long each step took."""
+    return {
+        "id": str(view.id),
+        "object": "job.explanation",
+        "status": view.status,
+        "request_id": view.request_id,
+        "requested_model": view.requested_model,
+        "model": view.model,
+        "model_revision": view.model_revision,
+        "backend": view.backend,
+        "worker": view.worker,
+        "decision": view.decision,
+        "cache": {"verdict": view.cache_verdict, "key": view.cache_key},
+        "steps": _steps(view),
+        "attempt": view.attempt,
+        "attempts": view.attempts,
+        "prompt_tokens": view.prompt_tokens,
+        "usage": view.usage,
+        "error": view.error,
+    }
+
+
+def _steps(view: View) -> list[JSON]:
+    """In the order of the life of a call. `ms` None: not reached."""
+    timings = view.timings
+    gateway = [("cache", "cache_ms"), ("tokenise", "tokenise_ms"), ("route", "route_ms")]
+    return [
+        *({"step": step, "ms": timings.get(name)} for step, name in gateway),
+        {"step": "queue", "ms": _between(view.created_at, view.started_at)},
+        {"step": "first token", "ms": _between(view.started_at, view.first_token_at)},
+        {"step": "run", "ms": timings.get("run_ms")},
+        {"step": "store", "ms": _store_ms(view)},
+        {"step": "total", "ms": _between(view.created_at, view.finished_at)},
+    ]
+
+
+def _store_ms(view: View) -> float | None:
+    """What the last commit took: the ledger's time from start to finish, less the worker's own."""
+    run, whole = view.timings.get("run_ms"), _between(view.started_at, view.finished_at)
+    return None if run is None or whole is None or view.status not in TERMINAL else round(max(whole - run, 0.0), 3)
+
+
+def _seconds(moment: datetime.datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())
+
+
+def _between(start: datetime.datetime | None, end: datetime.datetime | None) -> float | None:
+    return None if start is None or end is None else round((end - start).total_seconds() * 1000, 3)

@@ -1,0 +1,114 @@
+"""What a request asks for beside its body: how long to wait, and what the cache may do.
+
+`Prefer: respond-async, wait=n` is RFC 7240; `Cache-Control` is RFC 9111's request side.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers
+
+from api import errors
+from catalog import CacheEntry
+from tasks.call import Call
+
+_MAX_HEADER = 512
+_WAIT = re.compile(r"wait\s*=\s*\"?(\d{1,6})\"?$")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheControl:
+    """The directives we honour. `max_age_s` None: any age."""
+
+    is_no_cache: bool = False
+    is_no_store: bool = False
+    is_only_if_cached: bool = False
+    max_age_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """How one call is to be answered."""
+
+    cache: CacheControl = CacheControl()
+    wait_s: float
+    """How long the caller waits before a 202 is the answer. 0: not at all."""
+    is_async: bool = False
+    """The caller asked for respond-async, or posted a job."""
+    preference_applied: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    timeout_s: float | None = None
+    cancels_on_disconnect: bool = False
+
+
+def read(headers: Headers, longest_wait_s: float) -> Wish:
+    """The wish of an inference request. Preferences that are not ours are ignored, as RFC 7240 says."""
+    is_async, wait_s = False, None
+    applied = []
+    for preference in re.split(r"[,;]", headers.get("prefer", "")[:_MAX_HEADER]):
+        name = preference.strip().lower()
+        if name == "respond-async":
+            is_async = True
+            applied.append("respond-async")
+        elif match := _WAIT.match(name):
+            wait_s = min(float(match[1]), longest_wait_s)
+            applied.append(f"wait={int(wait_s)}")
+    if wait_s is None:
+        wait_s = 0.0 if is_async else longest_wait_s
+    return Wish(
+        cache=cache_control(headers.get("cache-control", "")),
+        wait_s=wait_s,
+        is_async=is_async,
+        preference_applied=", ".join(applied) or None,
+        cancels_on_disconnect=headers.get("x-cancel-on-disconnect", "").lower() == "true",
+    )
+
+
+def cache_control(value: str) -> CacheControl:
+    """Directives we do not know are ignored; a max-age that is no number is refused."""
+    no_cache = no_store = only_if_cached = False
+    max_age = None
+    for directive in value[:_MAX_HEADER].lower().split(","):
+        name, _, argument = directive.strip().partition("=")
+        if name == "no-cache":
+            no_cache = True
+        elif name == "no-store":
+            no_store = True
+        elif name == "only-if-cached":
+            only_if_cached = True
+        elif name == "max-age":
+            if not argument.strip('"').isdecimal():
+                raise errors.InvalidValue("Cache-Control: max-age must be a whole number of seconds.")
+            max_age = min(int(argument.strip('"')), 2**31)
+    return CacheControl(no_cache, no_store, only_if_cached, max_age)
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """What the cache does for one call, and why."""
+
+    is_read: bool
+    is_written: bool
+    reason: str = ""
+    """Why not, where it is not read."""
+    is_refresh: bool = False
+    """The new answer replaces a stored one."""
+
+
+def plan_cache(call: Call, control: CacheControl, cache: CacheEntry) -> CachePlan:
+    """Sampled answers differ each time, so they are stored only for callers who ask by naming an age."""
+    if not cache.enabled:
+        return CachePlan(False, False, "disabled")
+    if control.is_no_store:
+        return CachePlan(False, False, "no-store")
+    is_asked = bool(control.max_age_s) or control.is_only_if_cached
+    if is_sampled(call) and not is_asked:
+        return CachePlan(False, False, "sampled")
+    if control.is_no_cache or control.max_age_s == 0:
+        return CachePlan(False, True, "no-cache", is_refresh=True)
+    return CachePlan(True, True)
+
+
+def is_sampled(call: Call) -> bool:
+    """Whether running the call twice may give two answers."""
+    return call.task == "generate" and call.params.get("temperature", 1.0) > 0 and call.params.get("seed") is None

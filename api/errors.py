@@ -5,6 +5,8 @@ anywhere between the request and the answer; `install` renders it. Messages are 
 of the request ever appears in one.
 """
 
+# ruff: noqa: N818  (the names say what happened; `errors.QueueFull` reads well at every use)
+
 import math
 import sys
 from collections.abc import Mapping
@@ -256,6 +258,8 @@ def _problem(error: APIError, request_id: str | None) -> dict[str, Any]:
 
 def _answer(request: Request, error: APIError) -> Response:
     request_id = getattr(request.state, "request_id", None)
+    if (entry := getattr(request.state, "log", None)) is not None:
+        entry.error_code = error.code
     return render(error, request_id=request_id, accept=request.headers.get("accept", ""))
 
 

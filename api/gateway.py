@@ -163,8 +163,7 @@ class Gateway:
             elif event.piece is not None:
                 piece, choice = event.piece, event.choice
                 sent[choice] = sent.get(choice, 0) + len(piece.text)
-                if piece.text or piece.finish_reason or piece.logprobs:
-                    yield frames.chunk(choice, piece.text, piece.logprobs, piece.finish_reason, event.seq)
+                yield frames.chunk(choice, piece.text, piece.logprobs, piece.finish_reason, event.seq)
             else:
                 status = event.status
         outcome = await self._outcome(identity.job_id)

@@ -58,8 +58,9 @@ class Prompts:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def tokenise(self, call: Call, model: ModelSpec) -> Call:
-        """`call` with token_ids (and type_ids for pairs) of `model`, and with max_tokens decided. Raises
-        InvalidPrompt, ContextLengthExceeded, or InvalidValue for a token id outside the vocabulary."""
+        """`call` with token_ids (and type_ids for pairs) of `model`, with max_tokens decided, and as text
+        what the answer repeats. Raises InvalidPrompt, ContextLengthExceeded, or InvalidValue for a token id
+        outside the vocabulary."""
         prepare = partial(_tokenised, call, model, self._tokenizers[model.name])
         return await self._run(prepare, _num_chars(call.inputs, call.messages))
 
@@ -108,7 +109,7 @@ class ByteTokenizer:
 
     vocab_size = 256
 
-    def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+    def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:  # noqa: ARG002
         return [list(text.encode()) for text in texts]
 
     def encode_pairs(self, query: str, documents: list[str]) -> tuple[list[list[int]], list[list[int]]]:
@@ -116,7 +117,7 @@ class ByteTokenizer:
         first = len(query.encode())
         return ids, [[0] * first + [1] * (len(pair) - first) for pair in ids]
 
-    def render(self, messages: _Chat, add_generation_prompt: bool = True) -> list[str]:
+    def render(self, messages: _Chat, add_generation_prompt: bool = True) -> list[str]:  # noqa: ARG002
         return ["".join(f"{message['role']}: {message['content']}\n" for message in messages)]
 
     def decode(self, tokens: list[int]) -> str:
@@ -208,7 +209,7 @@ class _ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
         self._source = source
         self._template = environment.from_string(source)
         self._variables = variables
@@ -235,7 +236,7 @@ class _ChatTemplate:
 class _GenerationTag(Extension):
     """`{% generation %}` marks what a model wrote, for training; here it is what stands inside."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)
@@ -284,7 +285,10 @@ def _tokenised_generation(call: Call, model: ModelSpec, tokenizer: ModelTokenize
         raise errors.NumberOutOfRange(
             f"min_tokens must not be greater than max_tokens, which is {max_tokens} here.", param="min_tokens"
         )
-    return replace(call, token_ids=token_ids, max_tokens=max_tokens)
+    inputs = call.inputs
+    if call.format.get("echo"):
+        inputs = [tokenizer.decode(given) if isinstance(given, list) else given for given in inputs]
+    return replace(call, inputs=inputs, token_ids=token_ids, max_tokens=max_tokens)
 
 
 def _encoded_inputs(call: Call, model: ModelSpec, tokenizer: ModelTokenizer) -> list[list[int]]:

@@ -69,12 +69,13 @@ class BERTBackend(Backend):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         for model in self.spec.models:
             self._models[model.name] = _Model(model, torch.device(device), getattr(torch, dtype))
-        loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._serve, args=(loop,), name="bert-forward", daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, args=(asyncio.get_running_loop(),), name="bert-forward", daemon=True
+        )
         self._thread.start()
 
     async def stop(self) -> None:
-        self._line.close()
+        _fail(self._line.close(), BackendError(f"{self.spec.name} is stopping"))
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
         self._models.clear()
@@ -132,7 +133,7 @@ class BERTBackend(Backend):
                 self._forward(batch, loop)
         except BaseException as error:
             self._death = error
-            raise
+            log.critical("forward_thread_died", exc_info=True)
         finally:
             stranded = self._line.close()
             _wake(loop, _fail, stranded, BackendDead("the forward thread has ended"))
@@ -144,12 +145,12 @@ class BERTBackend(Backend):
         works = list(dict.fromkeys(item.work for item in batch))
         try:
             rows = works[0].model.run(batch)
-        except Exception as error:
+        except BaseException as error:
             for work in works:
                 self._line.drop(work)
             _wake(loop, _fail, works, BackendError(f"{works[0].model.spec.name}: {type(error).__name__}: {error}"))
             # A failed kernel leaves the CUDA context unusable for the rest of the process.
-            if isinstance(error, torch.AcceleratorError):
+            if isinstance(error, torch.AcceleratorError) or not isinstance(error, Exception):
                 raise
             log.exception("forward_failed", extra={"model": works[0].model.spec.name, "num_calls": len(works)})
             return
@@ -247,11 +248,12 @@ class _Line:
         """A batch for the model of the first call in line; calls left with a rest go to the back.
 
         In each round every call may add its share of the budget. The first in line always adds a sequence, so
-        each call is served within as many batches as there are calls before it, however large those are.
+        each call is served within as many batches as there are calls before it, however large those are. A share
+        is an eighth of the budget at least: else a large call would crawl among hundreds of small ones.
         """
         model = self._waiting[0].model
         turn = [work for work in self._waiting if work.model is model]
-        share = max(1, self._max_tokens // len(turn))
+        share = max(1, self._max_tokens // min(8, len(turn)))
         batch = _Room(self._max_tokens, model.is_packed)
         while turn:
             turn = [work for work in turn if batch.admit(work, share) and work.order]
@@ -309,7 +311,7 @@ class _Model:
         self.is_packed = self._probe()
         self._model.to(device=device, dtype=dtype)
         self._device = device
-        self.dimension = self.run(_probe_batch(self)).shape[1]
+        self.dimension: int = self.run(self._probe_batch()).shape[1]
 
     def check(self, call: EncodeCall) -> None:
         """Refuse what would fail in a forward pass, where it would take other calls down with it."""
@@ -318,12 +320,12 @@ class _Model:
         longest = max(map(len, call.inputs))
         if longest > self.spec.context_length:
             raise InvalidCall(f"an input has {longest} tokens, {call.model} takes {self.spec.context_length}")
-        if min(map(min, call.inputs)) < 0 or max(map(max, call.inputs)) >= self._config.vocab_size:
+        if not _within(call.inputs, self._config.vocab_size):
             raise InvalidCall(f"a token id is outside the vocabulary of {call.model}")
         if call.type_ids is not None and list(map(len, call.type_ids)) != list(map(len, call.inputs)):
             raise InvalidCall("type_ids must have the lengths of the inputs")
         num_types = getattr(self._config, "type_vocab_size", 0) or 1
-        if call.type_ids is not None and not 0 <= min(map(min, call.type_ids)) <= max(map(max, call.type_ids)) < num_types:
+        if call.type_ids is not None and not _within(call.type_ids, num_types):
             raise InvalidCall(f"{call.model} has {num_types} segment types")
 
     def run(self, batch: Sequence[_Item]) -> np.ndarray:
@@ -398,7 +400,7 @@ class _Model:
         import torch
 
         self._device = torch.device("cpu")
-        batch = _probe_batch(self)
+        batch = self._probe_batch()
         with torch.inference_mode():
             expected = self._padded(batch).numpy()
             for offset in self._position_offsets():
@@ -408,14 +410,22 @@ class _Model:
         log.info("model_is_padded", extra={"model": self.spec.name})
         return False
 
+    def _probe_batch(self) -> "list[_Item]":
+        """Sequences of several lengths, the longest long enough to show a sliding window."""
+        vocabulary, padding = self._config.vocab_size, self._config.pad_token_id
+        ids = [token for step in range(2 * _PROBE_TOKENS) if (token := step * 7919 % vocabulary) != padding]
+        lengths = sorted({min(length, self.spec.context_length) for length in (3, 8, _PROBE_TOKENS)})
+        work = _Work(self, [ids[:length] for length in lengths], None, asyncio.get_running_loop().create_future())
+        return [_Item(work, index) for index in range(len(lengths))]
+
     def _position_offsets(self) -> list[int]:
         """RoBERTa and its kin number positions from their padding id + 1."""
-        if not self._model._supports_attention_backend:
+        if not self._model._supports_attention_backend:  # noqa: SLF001 - the library offers no public question
             return []
         return [0, (self._config.pad_token_id or 0) + 1]
 
     def _packs_like(self, batch: Sequence[_Item], expected: np.ndarray) -> bool:
-        padded_attention = self._config._attn_implementation
+        padded_attention = self._config._attn_implementation  # noqa: SLF001 - nor here
         self._model.set_attn_implementation(_packed_attention_name())
         try:
             scores = self._packed(batch).numpy()
@@ -427,14 +437,8 @@ class _Model:
         return False
 
 
-def _probe_batch(model: _Model) -> list[_Item]:
-    """Sequences of several lengths, the longest long enough to show a sliding window."""
-    vocabulary, padding = model._config.vocab_size, model._config.pad_token_id
-    ids = [token for step in range(2 * _PROBE_TOKENS) if (token := step * 7919 % vocabulary) != padding]
-    lengths = sorted({min(length, model.spec.context_length) for length in (3, 8, _PROBE_TOKENS)})
-    future: asyncio.Future[np.ndarray] = asyncio.Future(loop=asyncio.get_running_loop())
-    work = _Work(model, [ids[:length] for length in lengths], None, future)
-    return [_Item(work, index) for index in range(len(lengths))]
+def _within(rows: list[list[int]], end: int) -> bool:
+    return min(map(min, rows)) >= 0 and max(map(max, rows)) < end
 
 
 def _packed_attention_name() -> str:
@@ -445,11 +449,11 @@ def _packed_attention_name() -> str:
 
 
 def _packed_attention(
-    module: Any,
+    _module: Any,
     query: "torch.Tensor",
     key: "torch.Tensor",
     value: "torch.Tensor",
-    attention_mask: "torch.Tensor | None",
+    _mask: "torch.Tensor | None",
     *,
     groups: list[tuple[int, int]],
     scaling: float | None = None,

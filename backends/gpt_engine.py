@@ -277,10 +277,12 @@ class Engine:
         while not self._is_stopping:
             self._work.wait()
             self._work.clear()
-            while not self._is_stopping and not all(batch.is_idle for batch in self._batches):
-                for batch in self._batches:
-                    if not batch.is_idle and (deltas := batch.step()):
+            while busy := [batch for batch in self._batches if not batch.is_idle]:
+                for batch in busy:
+                    if deltas := batch.step():
                         self._deliver(deltas)
+                if self._is_stopping:
+                    return
 
     def _end(self, failure: BackendError) -> None:
         # Under the lock: a call is either refused by `add` or failed here, never left waiting.

@@ -66,7 +66,7 @@ def load(path: Path, slots: int, max_length: int, options: Mapping[str, Any]) ->
         local_files_only=True,
         trust_remote_code=False,
     )
-    model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device).eval()
     model.requires_grad_(False)
     with torch.inference_mode():
         expected = _expected(model)
@@ -137,16 +137,15 @@ class SerialRunner:
 
     def _forward(self, piece: Piece) -> torch.Tensor:
         # Out of the table until it is whole again: a pass that fails half-way spoils the cache.
-        done, cache, logits = self._slots.pop(piece.slot, (0, None, torch.empty(0))) if piece.start else (0, None, None)
-        if done == piece.end:
-            self._slots[piece.slot] = (done, cache, logits)
-            return logits
-        if done != piece.start:
-            raise RuntimeError("the sequence's cache was lost in an earlier failure")
-        ids = torch.tensor([piece.tokens], device=self.model.device)
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        logits = output.logits[:, -1].float()
-        self._slots[piece.slot] = (piece.end, output.get("past_key_values", output.get("cache_params")), logits)
+        found = self._slots.pop(piece.slot, None) if piece.start else None
+        done, cache, logits = found or (0, None, torch.empty(0))
+        if done != piece.end:
+            if done != piece.start:
+                raise RuntimeError("the sequence's cache was lost in an earlier failure")
+            ids = torch.tensor([piece.tokens], device=self.model.device)
+            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, logits = output.get("past_key_values"), output.logits[:, -1].float()
+        self._slots[piece.slot] = (piece.end, cache, logits)
         return logits
 
 

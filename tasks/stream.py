@@ -40,11 +40,19 @@ class Writer:
         self.job_id = job_id
         self.seq = seq
         self.pending: list[Event] = []
+        self._silent: dict[int, Piece] = {}
         self._broker = broker
 
     def write(self, choice: int, piece: Piece) -> None:
-        if piece.text or piece.finish_reason or piece.token_ids:
+        """Tokens that show nothing yet (half a character, a held-back string) travel with the next that
+        does: every event is something to see, so a client's events are numbered without gaps."""
+        if (silent := self._silent.pop(choice, None)) is not None:
+            tokens, logprobs = silent.token_ids + piece.token_ids, silent.logprobs + piece.logprobs
+            piece = Piece(piece.text, tokens, logprobs, piece.finish_reason, piece.held)
+        if piece.text or piece.finish_reason:
             self._add(Event(self.seq + 1, choice, piece))
+        else:
+            self._silent[choice] = piece
 
     def end(self, status: str) -> None:
         """The job's last event. Send it only after the final state is committed."""

@@ -39,9 +39,9 @@ class CompletionRequest(Sampling):
         return self
 
     def to_call(self) -> Call:
-        format: dict[str, Any] = {} if self.logprobs is None else {"top_logprobs": self.logprobs}
+        shape: dict[str, Any] = {} if self.logprobs is None else {"top_logprobs": self.logprobs}
         if self.echo:
-            format["echo"] = True
+            shape["echo"] = True
         return Call(
             endpoint="/v1/completions",
             task="generate",
@@ -53,6 +53,6 @@ class CompletionRequest(Sampling):
             stop=self.stops(),
             stream=bool(self.stream),
             include_usage=self.include_usage,
-            format=format,
+            format=shape,
             options=self.options.given() if self.options else {},
         )

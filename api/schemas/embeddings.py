@@ -21,14 +21,14 @@ class EmbeddingRequest(CallModel):
     no_effect: ClassVar = {**COMMON_NO_EFFECT, "add_special_tokens": (None, True), "normalize": (None, True)}
 
     def to_call(self) -> Call:
-        format: dict[str, Any] = {"encoding_format": self.encoding_format or "float"}
+        shape: dict[str, Any] = {"encoding_format": self.encoding_format or "float"}
         if self.dimensions is not None:
-            format["dimensions"] = self.dimensions
+            shape["dimensions"] = self.dimensions
         return Call(
             endpoint="/v1/embeddings",
             task="embed",
             model=self.model,
             inputs=self.input,
-            format=format,
+            format=shape,
             options=self.options.given() if self.options else {},
         )

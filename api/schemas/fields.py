@@ -164,7 +164,8 @@ class EchoOptions(WireModel):
     fail_after: Annotated[int, Field(ge=0, le=131_072)] | None = None
 
     def given(self) -> dict[str, str | int | float]:
-        return {name: value for name, value in self if value is not None}
+        """Those that change something: a delay of 0 does not."""
+        return {name: value for name, value in self if value}
 
 
 class Message(WireModel):

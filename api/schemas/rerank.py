@@ -32,14 +32,14 @@ class RerankRequest(CallModel):
     }
 
     def to_call(self) -> Call:
-        format: dict[str, Any] = {"return_documents": self.return_documents is not False}
+        shape: dict[str, Any] = {"return_documents": self.return_documents is not False}
         if self.top_n and self.top_n < len(self.documents):
-            format["top_n"] = self.top_n
+            shape["top_n"] = self.top_n
         return Call(
             endpoint="/v1/rerank",
             task="rerank",
             model=self.model,
             inputs=[self.query, *self.documents],
-            format=format,
+            format=shape,
             options=self.options.given() if self.options else {},
         )

@@ -1,7 +1,7 @@
 """How to generate: the fields that chat and text completions have in common."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -23,7 +23,9 @@ from api.schemas.fields import (
 from backends.base import SamplingParams
 
 _NO_EFFECT_VALUES = {
-    field.name: field.default for field in fields(SamplingParams) if field.name not in {"max_tokens", "logprobs"}
+    name: value
+    for name, value in asdict(SamplingParams(max_tokens=1)).items()
+    if name not in {"max_tokens", "logprobs"}
 }
 _SAMPLING_FIELDS = frozenset(_NO_EFFECT_VALUES)
 _MAX_BIASES = 1024

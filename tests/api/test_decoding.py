@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -88,10 +89,8 @@ def test_damaged_json_is_judged_as_by_the_reference(value: dict[str, Any], edits
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(body: bytes) -> None:
-    try:
+    with suppress(errors.InvalidRequest):
         assert isinstance(decoding.decode(body, LIMITS), dict)
-    except errors.APIError as error:
-        assert error.status < 500
 
 
 @given(objects, texts, st.integers(0, 5), st.booleans())
@@ -229,10 +228,8 @@ def test_depth_limit(depth: int, fits: bool) -> None:
 )
 def test_a_megabyte_of_malice_is_judged_at_once(body: bytes) -> None:
     started = time.perf_counter()
-    try:
+    with suppress(errors.InvalidRequest):
         decoding.decode(body, WIDE)
-    except errors.APIError as error:
-        assert error.status in {400, 413}
     assert time.perf_counter() - started < 1
 
 
@@ -282,7 +279,7 @@ async def test_headers_refuse_before_the_body_is_read(headers: dict[str, str], c
     assert not asked._stream_consumed
 
 
-async def test_a_body_that_outgrows_the_limit_is_dropped_on_the_way() -> None:
+async def test_a_body_that_outgrows_the_limit_is_dropped_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     num_read = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -292,7 +289,7 @@ async def test_a_body_that_outgrows_the_limit_is_dropped_on_the_way() -> None:
             yield b"x" * 1000
 
     asked = request([])
-    asked.stream = endless  # type: ignore[method-assign]
+    monkeypatch.setattr(asked, "stream", endless)
     with pytest.raises(errors.PayloadTooLarge):
         await decoding.read_body(asked, LIMITS)
     assert num_read == 5

@@ -69,7 +69,7 @@ def test_rendered_as_a_problem(code: str, status: int) -> None:
     body = json.loads(bytes(response.body))
     assert response.status_code == body["status"] == status
     assert body["code"] == code
-    assert body["title"] and body["detail"] and body["type"]
+    assert all(body[member] for member in ("title", "detail", "type"))
     assert body["request_id"] == "req-1"
     assert "param" not in body
     assert response.headers["content-type"] == "application/problem+json"
@@ -115,7 +115,8 @@ def test_unauthorized_names_the_scheme() -> None:
 
 def test_stream_error_is_one_event() -> None:
     event = errors.stream_error(errors.BackendFailed("line\nbreak"))
-    assert event.startswith(b"data: ") and event.endswith(b"\n\n") and event.count(b"\n") == 2
+    assert event.endswith(b"\n\n")
+    assert event.count(b"\n") == 2
     assert json.loads(event.removeprefix(b"data: "))["error"]["code"] == "backend_error"
 
 

@@ -1,0 +1,289 @@
+"""Requests that must be refused: status, code and field of each, and never a word of what was sent."""
+
+import json
+from typing import Any
+
+import pytest
+
+from api import decoding, errors, schemas
+from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
+from catalog import LimitsEntry
+
+LIMITS = LimitsEntry()
+SECRET = "hunter2 SECRET"
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+EMBEDDINGS = "/v1/embeddings"
+CLASSIFY = "/v1/classify"
+RERANK = "/v1/rerank"
+JOBS = "/v1/jobs"
+TOKENIZE = "/v1/tokenize"
+DETOKENIZE = "/v1/detokenize"
+
+VALID: dict[str, dict[str, Any]] = {
+    CHAT: {"model": "m", "messages": [{"role": "user", "content": SECRET}]},
+    COMPLETIONS: {"model": "m", "prompt": SECRET},
+    EMBEDDINGS: {"model": "m", "input": SECRET},
+    CLASSIFY: {"model": "m", "input": SECRET},
+    RERANK: {"model": "m", "query": SECRET, "documents": [SECRET]},
+    JOBS: {"endpoint": EMBEDDINGS, "body": {"model": "m", "input": SECRET}},
+    TOKENIZE: {"model": "m", "prompt": SECRET},
+    DETOKENIZE: {"model": "m", "tokens": [1]},
+}
+MISSING = object()
+
+
+def refusal(endpoint: str, body: bytes) -> errors.APIError:
+    with pytest.raises(errors.APIError) as caught:
+        decoded = decoding.decode(body, LIMITS)
+        if endpoint == JOBS:
+            schemas.parse_job(decoded, LIMITS)
+        elif endpoint == TOKENIZE:
+            schemas.read(TokenizeRequest, decoded)
+        elif endpoint == DETOKENIZE:
+            schemas.read(DetokenizeRequest, decoded)
+        else:
+            schemas.parse(endpoint, decoded, LIMITS)
+    return caught.value
+
+
+def check(error: errors.APIError, code: str, param: str | None) -> None:
+    assert (error.status, error.code, error.param) == (400, code, param)
+    answer = (
+        bytes(errors.render(error).body).decode() + bytes(errors.render(error, accept="problem+json").body).decode()
+    )
+    for word in SECRET.split():
+        assert word not in answer
+    assert len(error.message) < 300
+
+
+def message(**fields: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": SECRET} | fields]
+
+
+WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
+    # endpoint, field, value, code, param (None: the field itself)
+    *[(endpoint, "model", value, "validation_error", None) for endpoint in VALID if endpoint != JOBS
+      for value in (MISSING, 7, "", None, [SECRET], SECRET * 50)],
+    (CHAT, "messages", MISSING, "validation_error", None),
+    (CHAT, "messages", [], "validation_error", None),
+    (CHAT, "messages", SECRET, "validation_error", None),
+    (CHAT, "messages", {"role": "user", "content": SECRET}, "validation_error", None),
+    (CHAT, "messages", [SECRET], "validation_error", "messages.0"),
+    (CHAT, "messages", [[SECRET]], "validation_error", "messages.0"),
+    (CHAT, "messages", [None], "validation_error", "messages.0"),
+    (CHAT, "messages", message() * 2049, "validation_error", None),
+    (CHAT, "messages", [{"content": SECRET}], "validation_error", "messages.0.role"),
+    (CHAT, "messages", [{"role": "user"}], "validation_error", "messages.0.content"),
+    (CHAT, "messages", message(role=SECRET), "validation_error", "messages.0.role"),
+    (CHAT, "messages", message(role="tool"), "validation_error", "messages.0.role"),
+    (CHAT, "messages", message(role="function"), "validation_error", "messages.0.role"),
+    (CHAT, "messages", message(role=None), "validation_error", "messages.0.role"),
+    (CHAT, "messages", message(content=None), "validation_error", "messages.0.content"),
+    (CHAT, "messages", message(content=7), "validation_error", "messages.0.content"),
+    (CHAT, "messages", message(content={"text": SECRET}), "validation_error", "messages.0.content"),
+    (CHAT, "messages", message(content=[]), "validation_error", "messages.0.content"),
+    (CHAT, "messages", message(content=[SECRET]), "validation_error", "messages.0.content"),
+    (CHAT, "messages", message(content=[{"type": SECRET}]), "unsupported_parameter", "messages.0.content"),
+    (CHAT, "messages", message(content=[{"text": SECRET}]), "validation_error", "messages.0.content"),
+    (CHAT, "messages", message(content=[{"type": "text"}]), "validation_error", "messages.0.content"),
+    (CHAT, "messages", message(content=[{"type": "text", "text": 7}]), "validation_error", "messages.0.content"),
+    (CHAT, "messages", message(content=[{"type": "text", "text": SECRET, SECRET: 1}]), "validation_error",
+     "messages.0.content"),
+    (CHAT, "messages", message(content=[{"type": "image_url", "image_url": {"url": SECRET}}]), "unsupported_parameter",
+     "messages.0.content"),
+    (CHAT, "messages", message(content=[{"type": "input_audio"}]), "unsupported_parameter", "messages.0.content"),
+    (CHAT, "messages", message() + message(content=7), "validation_error", "messages.1.content"),
+    (CHAT, "messages", message(name=SECRET), "unsupported_parameter", "messages.0.name"),
+    (CHAT, "messages", message(tool_calls=[{"id": SECRET}]), "unsupported_parameter", "messages.0.tool_calls"),
+    (CHAT, "messages", message(refusal=SECRET), "unsupported_parameter", "messages.0.refusal"),
+    (CHAT, "messages", message(weight=1), "unknown_field", "messages.0.weight"),
+    (CHAT, "messages", message() + message(**{SECRET: 1}), "unknown_field", "messages.1"),
+    *[(endpoint, field, value, "validation_error", None) for endpoint in (CHAT, COMPLETIONS) for field, value in [
+        ("temperature", "1"), ("temperature", True), ("temperature", [1]), ("temperature", SECRET),
+        ("top_p", "0.5"), ("top_k", 1.5), ("top_k", 5.0), ("seed", 1.0), ("seed", "1"), ("seed", SECRET),
+        ("max_tokens", 1.0), ("max_tokens", "1"), ("max_tokens", True), ("max_tokens", [SECRET]),
+        ("n", "1"), ("n", True), ("n", 1.0), ("stream", 1), ("stream", "true"), ("stream", SECRET),
+        ("ignore_eos", 1), ("min_tokens", 1.5), ("stop", 5), ("stop", ["x"] * 17), ("stop", {"a": SECRET}),
+        ("logit_bias", [1]), ("logit_bias", {SECRET: 1}), ("logit_bias", {"05": 1}), ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"5": SECRET}), ("logit_bias", {str(key): 1 for key in range(1025)}),
+        ("stop_token_ids", 5), ("stop_token_ids", [1] * 65), ("stream_options", {"include_usage": True}),
+        ("stream_options", SECRET), ("user", 7), ("user", SECRET * 50), ("metadata", [SECRET]),
+        ("metadata", {SECRET: 1}), ("metadata", {SECRET * 10: "v"}), ("metadata", {"k": SECRET * 50}),
+        ("metadata", {f"{SECRET}{key}": "v" for key in range(17)}), ("service_tier", "flex"),
+        ("service_tier", SECRET), ("options", [SECRET]),
+    ]],
+    (CHAT, "stop", [""], "validation_error", "stop.0"),
+    (CHAT, "stop", "", "validation_error", "stop.0"),
+    (CHAT, "stop", ["x", 5], "validation_error", "stop.1"),
+    (CHAT, "stop", [SECRET * 50], "validation_error", "stop.0"),
+    (CHAT, "stop_token_ids", [1, SECRET], "validation_error", "stop_token_ids.1"),
+    (CHAT, "stop_token_ids", [-1], "number_out_of_range", "stop_token_ids.0"),
+    (CHAT, "options", {"fail": SECRET}, "validation_error", "options.fail"),
+    (CHAT, "options", {"token_ms": -1}, "number_out_of_range", "options.token_ms"),
+    (CHAT, "options", {"other": 1}, "unknown_field", "options.other"),
+    (CHAT, "options", {SECRET: 1}, "unknown_field", "options"),
+    (CHAT, "stream_options", {"include_usage": True, "other": 1}, "unknown_field", "stream_options.other"),
+    *[(CHAT, field, value, "number_out_of_range", None) for field, value in [
+        ("temperature", -0.1), ("temperature", 2.01), ("temperature", 1e300), ("top_p", 0), ("top_p", 1.01),
+        ("top_k", -2), ("top_k", 10**7), ("min_p", -0.1), ("min_p", 1.1), ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1), ("repetition_penalty", 0), ("repetition_penalty", 11), ("max_tokens", 0),
+        ("max_tokens", -1), ("max_tokens", 2**31), ("max_completion_tokens", 0), ("min_tokens", -1), ("n", 0),
+        ("n", 17), ("n", 129), ("n", -1), ("top_logprobs", 21), ("top_logprobs", -1), ("logit_bias", {"5": 100.5}),
+        ("logit_bias", {"5": -101}),
+    ]],
+    *[(CHAT, field, value, "unsupported_parameter", None) for field, value in [
+        ("tools", [{"type": "function", "function": {"name": SECRET}}]), ("tools", {}), ("tool_choice", "required"),
+        ("functions", [{"name": SECRET}]), ("function_call", {"name": SECRET}), ("parallel_tool_calls", 1),
+        ("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema", "x": SECRET}),
+        ("audio", {"voice": SECRET}), ("modalities", ["text", "audio"]), ("prediction", {"content": SECRET}),
+        ("web_search_options", {}), ("store", True), ("store", 0), ("reasoning_effort", "high"),
+        ("verbosity", "low"), ("best_of", 2), ("structured_outputs", {"regex": SECRET}), ("guided_json", {"a": 1}),
+        ("guided_regex", SECRET), ("chat_template", SECRET), ("chat_template_kwargs", {"a": SECRET}),
+        ("add_generation_prompt", False), ("continue_final_message", True), ("documents", [SECRET]),
+        ("priority", 1), ("prompt_logprobs", 1), ("use_beam_search", True), ("bad_words", [SECRET]),
+        ("skip_special_tokens", False), ("cache_salt", SECRET), ("kv_transfer_params", {}),
+    ]],
+    *[(endpoint, field, SECRET, "unknown_field", None) for endpoint in VALID
+      for field in ("api_base", "user_id", "cost", "extra_body", "Model", "__class__")],
+    *[(endpoint, field, 1, "unknown_field", "") for endpoint in VALID for field in (SECRET, "a.b", "", "x" * 65, "ï")],
+    (CHAT, "prompt", SECRET, "unknown_field", None),
+    (CHAT, "input", SECRET, "unknown_field", None),
+    (COMPLETIONS, "messages", [], "unknown_field", None),
+    *[(endpoint, field, value, code, None)
+      for endpoint, field in ((COMPLETIONS, "prompt"), (EMBEDDINGS, "input"), (CLASSIFY, "input"))
+      for value, code in [
+        (MISSING, "validation_error"), (None, "validation_error"), (7, "validation_error"),
+        ({"text": SECRET}, "validation_error"), ([SECRET, 7], "validation_error"), ([SECRET, None], "validation_error"),
+        ([SECRET, [1]], "validation_error"), ([1, 2.0], "validation_error"), ([1, True], "validation_error"),
+        ([True], "validation_error"), ([1.5], "validation_error"), ([[1], 2], "validation_error"),
+        ([[SECRET]], "validation_error"), ([[1.0]], "validation_error"), ([[[1]]], "validation_error"),
+        ("", "invalid_prompt"), ([], "invalid_prompt"), ([""], "invalid_prompt"), ([SECRET, ""], "invalid_prompt"),
+        ([[]], "invalid_prompt"), ([[1], []], "invalid_prompt"), ([-1], "number_out_of_range"),
+        ([[1, 2**31]], "number_out_of_range"), (["x"] * 2049, "validation_error"),
+      ]],
+    *[(COMPLETIONS, field, value, "unsupported_parameter", None) for field, value in [
+        ("suffix", SECRET), ("suffix", ""), ("best_of", 2), ("prompt_embeds", SECRET), ("add_special_tokens", False),
+        ("response_format", {"type": "json_object"}), ("allowed_token_ids", [1]),
+    ]],
+    (COMPLETIONS, "logprobs", 6, "number_out_of_range", None),
+    (COMPLETIONS, "logprobs", True, "validation_error", None),
+    (COMPLETIONS, "echo", 1, "validation_error", None),
+    (COMPLETIONS, "top_logprobs", 1, "unknown_field", None),
+    (COMPLETIONS, "max_completion_tokens", 1, "unknown_field", None),
+    (COMPLETIONS, "min_tokens", 17, "validation_error", None),
+    (EMBEDDINGS, "encoding_format", SECRET, "validation_error", None),
+    (EMBEDDINGS, "dimensions", 0, "number_out_of_range", None),
+    (EMBEDDINGS, "dimensions", 65_537, "number_out_of_range", None),
+    (EMBEDDINGS, "dimensions", 8.0, "validation_error", None),
+    (EMBEDDINGS, "truncate_prompt_tokens", 5, "unsupported_parameter", None),
+    (EMBEDDINGS, "normalize", False, "unsupported_parameter", None),
+    (CLASSIFY, "use_activation", False, "unsupported_parameter", None),
+    (CLASSIFY, "top_k", 3, "unknown_field", None),
+    (RERANK, "query", MISSING, "validation_error", None),
+    (RERANK, "query", "", "validation_error", None),
+    (RERANK, "query", [SECRET], "validation_error", None),
+    (RERANK, "documents", MISSING, "validation_error", None),
+    (RERANK, "documents", [], "validation_error", None),
+    (RERANK, "documents", SECRET, "validation_error", None),
+    (RERANK, "documents", [SECRET, 7], "validation_error", None),
+    (RERANK, "documents", [{"text": SECRET, "title": SECRET}], "validation_error", None),
+    (RERANK, "documents", [{"text": 7}], "validation_error", None),
+    (RERANK, "documents", [SECRET, ""], "invalid_prompt", None),
+    (RERANK, "documents", ["x"] * 2049, "validation_error", None),
+    (RERANK, "top_n", -1, "number_out_of_range", None),
+    (RERANK, "top_n", 1.0, "validation_error", None),
+    (RERANK, "return_documents", "no", "validation_error", None),
+    (RERANK, "max_tokens_per_doc", 5, "unsupported_parameter", None),
+    (JOBS, "endpoint", MISSING, "validation_error", None),
+    (JOBS, "endpoint", SECRET, "validation_error", None),
+    (JOBS, "endpoint", "/v1/models", "validation_error", None),
+    (JOBS, "endpoint", JOBS, "validation_error", None),
+    (JOBS, "body", MISSING, "validation_error", None),
+    (JOBS, "body", [SECRET], "validation_error", None),
+    (JOBS, "body", {}, "validation_error", "body.model"),
+    (JOBS, "body", {"model": "m", "input": ""}, "invalid_prompt", "body.input"),
+    (JOBS, "body", {"model": "m", "input": SECRET, "dimensions": 0}, "number_out_of_range", "body.dimensions"),
+    (JOBS, "body", {"model": "m", "input": SECRET, "messages": SECRET}, "unknown_field", "body.messages"),
+    (JOBS, "body", {"model": "m", "input": SECRET, SECRET: 1}, "unknown_field", "body"),
+    (JOBS, "timeout_s", 0, "number_out_of_range", None),
+    (JOBS, "timeout_s", 604_801, "number_out_of_range", None),
+    (JOBS, "timeout_s", SECRET, "validation_error", None),
+    (JOBS, "metadata", {"k": 1}, "validation_error", None),
+    (JOBS, "priority", 1, "unknown_field", None),
+    (TOKENIZE, "prompt", MISSING, "validation_error", None),
+    (TOKENIZE, "prompt", [SECRET], "validation_error", None),
+    (TOKENIZE, "messages", message(), "validation_error", "prompt"),
+    (TOKENIZE, "add_generation_prompt", True, "validation_error", None),
+    (TOKENIZE, "chat_template", SECRET, "unsupported_parameter", None),
+    (DETOKENIZE, "tokens", MISSING, "validation_error", None),
+    (DETOKENIZE, "tokens", SECRET, "validation_error", None),
+    (DETOKENIZE, "tokens", [1, SECRET], "validation_error", "tokens.1"),
+    (DETOKENIZE, "tokens", [-1], "number_out_of_range", "tokens.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("endpoint", "field", "value", "code", "param"), WRONG_VALUES)
+def test_wrong_value(endpoint: str, field: str, value: Any, code: str, param: str | None) -> None:
+    body = VALID[endpoint] | {field: value}
+    if value is MISSING:
+        del body[field]
+    check(refusal(endpoint, json.dumps(body).encode()), code, (field if param is None else param) or None)
+
+
+TOGETHER = [
+    (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "validation_error", "max_tokens"),
+    (CHAT, {"max_tokens": 5, "min_tokens": 6}, "validation_error", "min_tokens"),
+    (CHAT, {"max_completion_tokens": 5, "min_tokens": 6}, "validation_error", "min_tokens"),
+    (CHAT, {"top_logprobs": 3}, "validation_error", "top_logprobs"),
+    (CHAT, {"top_logprobs": 3, "logprobs": False}, "validation_error", "top_logprobs"),
+    (CHAT, {"stream": False, "stream_options": {"include_usage": True}}, "validation_error", "stream_options"),
+    (CHAT, {"tools": [], "temperature": 3}, "number_out_of_range", "temperature"),
+    (CHAT, {"tools": [], "functions": [{}]}, "unsupported_parameter", "functions"),
+    (CHAT, {"tools": None, SECRET: 1}, "unknown_field", None),
+    (COMPLETIONS, {"echo": True, "logprobs": 1}, "unsupported_parameter", "echo"),
+    (COMPLETIONS, {"n": 2, "best_of": 3}, "unsupported_parameter", "best_of"),
+    (COMPLETIONS, {"n": 2, "best_of": 1}, "unsupported_parameter", "best_of"),
+    (COMPLETIONS, {"prompt": ["x"] * 200, "n": 16}, "validation_error", "prompt"),
+    (TOKENIZE, {"prompt": None, "messages": message(), "add_special_tokens": True}, "validation_error",
+     "add_special_tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("endpoint", "changes", "code", "param"), TOGETHER)
+def test_fields_that_contradict(endpoint: str, changes: dict[str, Any], code: str, param: str | None) -> None:
+    check(refusal(endpoint, json.dumps(VALID[endpoint] | changes).encode()), code, param)
+
+
+@pytest.mark.parametrize("endpoint", VALID)
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (lambda text: text[:-1], "invalid_json"),
+        (lambda text: text + b"}", "invalid_json"),
+        (lambda text: b"[" + text + b"]", "invalid_json"),
+        (lambda text: text[:-1] + b',"model":"m","model":"m"}', "duplicate_key"),
+        (lambda text: text[:-1] + b',"temperature":NaN}', "non_finite_number"),
+        (lambda text: text[:-1] + b',"temperature":1e999}', "non_finite_number"),
+        (lambda text: text[:-1] + b',"seed":99999999999999999999}', "number_out_of_range"),
+        (lambda text: text.replace(b"SECRET", b"SECRET\\u0000"), "invalid_encoding"),
+        (lambda text: text.replace(b"SECRET", b"SECRET\\ud83d"), "invalid_encoding"),
+        (lambda text: text.replace(b"SECRET", b"SECRET\xfe"), "invalid_encoding"),
+        (lambda text: text.decode().encode("utf-16"), "invalid_encoding"),
+        (lambda text: text[:-1] + b',"a":' + b"[" * 40 + b"]" * 40 + b"}", "json_too_deep"),
+    ],
+)
+def test_spoiled_text(endpoint: str, spoil: Any, code: str) -> None:
+    body = json.dumps(VALID[endpoint] | ({"user": SECRET} if endpoint == DETOKENIZE else {})).encode()
+    check(refusal(endpoint, spoil(body)), code, None)
+
+
+@pytest.mark.parametrize("endpoint", VALID)
+def test_the_bodies_that_the_cases_spoil_are_valid(endpoint: str) -> None:
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        refusal(endpoint, json.dumps(VALID[endpoint]).encode())
+
+
+def test_there_are_many() -> None:
+    assert len(WRONG_VALUES) > 300
+    assert len({str(case) for case in WRONG_VALUES}) == len(WRONG_VALUES)

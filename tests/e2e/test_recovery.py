@@ -1,0 +1,164 @@
+"""What is accepted gets one right answer, whatever dies."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+
+from tests.conftest import running
+from tests.stack import Stack
+
+pytestmark = pytest.mark.e2e
+
+CONFIG = """
+backends: {echo: {runtime: echo, concurrency: 64}}
+models: {echo: {path: echo, backends: [echo]}}
+"""
+
+
+@pytest.fixture
+def stack(server_urls: tuple[str, str], tmp_path: Path) -> Iterator[Stack]:
+    yield from running(server_urls, tmp_path, CONFIG, ["echo"])
+
+
+def submit(client: httpx.Client, text: str, **options: float) -> str:
+    body = {"model": "echo", "prompt": text, "max_tokens": 1000, "options": options}
+    response = client.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": body})
+    assert response.status_code == 202
+    return str(response.headers["location"])
+
+
+def answers(client: httpx.Client, paths: list[str]) -> list[str]:
+    for path in paths:
+        job = client.get(path, params={"wait": 60}).json()
+        assert job["status"] == "succeeded", job
+    return [client.get(f"{path}/result").json()["choices"][0]["text"] for path in paths]
+
+
+def test_a_killed_workers_jobs_are_run_again_and_stored_once(stack: Stack) -> None:
+    with stack.client(timeout_s=90) as client:
+        paths = [submit(client, f"job {number} " * 5, token_ms=40) for number in range(20)]
+        stack.wait_until(lambda: client.get(paths[-1]).json()["status"] == "running", "running jobs")
+        stack.kill("echo")
+        stack.start_worker("echo")
+        assert answers(client, paths) == [f"job {number} " * 5 for number in range(20)]
+        attempts = [client.get(path).json()["attempt"] for path in paths]
+    assert set(attempts) == {2}
+    assert stack.query("SELECT count(*), count(DISTINCT job_id) FROM job_results") == [(20, 20)]
+    assert stack.query("SELECT DISTINCT attempts -> 0 ->> 'outcome' FROM jobs") == [("worker_died",)]
+
+
+def test_a_stream_goes_on_where_the_dead_worker_stopped(stack: Stack) -> None:
+    text = "the quick brown fox jumps over the lazy dög €uro 😀 " * 2
+    body = {"model": "echo", "prompt": text, "max_tokens": 1000, "stream": True, "options": {"token_ms": 25}}
+    got: list[str] = []
+    seen = threading.Event()
+
+    def read() -> None:
+        with stack.client(timeout_s=60) as client, client.stream("POST", "/v1/completions", json=body) as response:
+            for line in response.iter_lines():
+                got.append(line)
+                if len(got) > 30:
+                    seen.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert seen.wait(20)
+    stack.kill("echo")
+    stack.start_worker("echo")
+    reader.join(60)
+    frames = [line.removeprefix("data: ") for line in got if line.startswith("data: ")]
+    assert frames[-1] == "[DONE]"
+    assert "".join(json.loads(frame)["choices"][0]["text"] for frame in frames[:-1]) == text
+    numbers = [int(line.removeprefix("id: ")) for line in got if line.startswith("id: ")]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert stack.query("SELECT attempt, (usage ->> 'completion_tokens')::int FROM jobs") == [(2, len(text.encode()))]
+
+
+def test_a_job_that_kills_its_worker_every_time_ends_as_exhausted(stack: Stack) -> None:
+    with stack.client(timeout_s=90) as client:
+        body = {"model": "echo", "prompt": "poison", "options": {"fail": "exit", "fail_after": 2}}
+        path = client.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": body}).headers["location"]
+        for _ in range(3):
+            stack.processes.pop("echo").wait(20)
+            # A worker that is being killed as it starts is what this test is about.
+            with contextlib.suppress(AssertionError):
+                stack.start_worker("echo", wait_s=10)
+        job = client.get(path, params={"wait": 30}).json()
+    assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 3, "attempts_exhausted")
+
+
+def test_losing_redis_loses_no_job(stack: Stack, redis_url: str) -> None:
+    with stack.client(timeout_s=90) as client, contextlib.closing(redis.Redis.from_url(redis_url)) as broker:
+        paths = [submit(client, f"number {number}", first_token_ms=300) for number in range(200)]
+        broker.flushdb()
+        paths += [submit(client, f"number {number}") for number in range(200, 220)]
+        assert answers(client, paths) == [f"number {number}" for number in range(220)]
+    assert stack.query("SELECT max(attempt) FROM jobs") == [(1,)]
+
+
+def test_a_lost_message_is_sent_again(stack: Stack, redis_url: str) -> None:
+    with stack.client(timeout_s=60) as client, contextlib.closing(redis.Redis.from_url(redis_url)) as broker:
+        stack.stop("echo")
+        path = submit(client, "lost")
+        assert broker.lpop("echo") is not None
+        stack.start_worker("echo")
+        assert answers(client, [path]) == ["lost"]
+
+
+def test_a_repeated_message_runs_nothing_twice(stack: Stack, redis_url: str) -> None:
+    with stack.client(timeout_s=60) as client, contextlib.closing(redis.Redis.from_url(redis_url)) as broker:
+        stack.stop("echo")
+        paths = [submit(client, f"often {number}") for number in range(50)]
+        messages = broker.lrange("echo", 0, -1)
+        broker.lpush("echo", *messages * 4)
+        stack.start_worker("echo")
+        answers(client, paths)
+    assert stack.query("SELECT max(attempt), sum(jsonb_array_length(attempts)) FROM jobs") == [(1, 0)]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"not json at all",
+        b"[]",
+        b'{"body": "AAAA", "content-type": "application/x-python-serialize", "content-encoding": "binary", '
+        b'"headers": {"task": "switchyard.generate", "id": "x"}, "properties": {"delivery_tag": "1", '
+        b'"delivery_info": {"exchange": "", "routing_key": "echo"}, "body_encoding": "base64"}}',
+    ],
+)
+def test_garbage_in_the_queue_harms_nobody(stack: Stack, redis_url: str, message: bytes) -> None:
+    with stack.client(timeout_s=60) as client, contextlib.closing(redis.Redis.from_url(redis_url)) as broker:
+        broker.lpush("echo", message)
+        path = submit(client, "still alive")
+        if stack.processes["echo"].poll() is not None:
+            stack.processes.pop("echo")
+            stack.start_worker("echo")
+        assert answers(client, [path]) == ["still alive"]
+
+
+def test_a_draining_worker_finishes_or_gives_back_without_counting(stack: Stack) -> None:
+    stack.start_worker("echo", "echo-b")
+    with stack.client(timeout_s=90) as client, ThreadPoolExecutor(1) as pool:
+        paths = [submit(client, f"drain {number}", first_token_ms=800) for number in range(30)]
+        assert pool.submit(stack.stop, "echo").result() == 0
+        assert answers(client, paths) == [f"drain {number}" for number in range(30)]
+    assert stack.query("SELECT max(attempt) FROM jobs") == [(1,)]
+
+
+def test_a_dead_backend_takes_its_worker_down_and_no_job_with_it(stack: Stack) -> None:
+    with stack.client(timeout_s=60) as client:
+        paths = [submit(client, f"bystander {number}", first_token_ms=2000) for number in range(5)]
+        stack.wait_until(lambda: client.get(paths[-1]).json()["status"] == "running", "running jobs")
+        submit(client, "x", fail="dead")  # type: ignore[arg-type]
+        assert stack.processes.pop("echo").wait(20) == 70
+        # Whoever killed it runs out of attempts; the others were given back uncounted.
+        stack.query("UPDATE jobs SET status = 'cancelled', finished_at = now() WHERE status = 'queued' AND attempt = 1")
+        stack.start_worker("echo")
+        assert answers(client, paths) == [f"bystander {number}" for number in range(5)]

@@ -1,0 +1,152 @@
+"""A running Switchyard for tests: real Postgres, real Redis protocol, real processes, real sockets."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from db import api_keys, migrate, session
+
+ROOT = Path(__file__).parent.parent
+CELERY_OPTIONS = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-l", "WARNING"]
+
+
+class Stack:
+    """Gateway, workers and reconciler over one database and one Redis. Every process is ours and dies with us."""
+
+    def __init__(self, database_url: str, redis_url: str, config: Path, logs: Path) -> None:
+        self.database_url, self.redis_url = database_url, redis_url
+        self.logs = logs
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "SWITCHYARD_DATABASE_URL": database_url,
+            "SWITCHYARD_REDIS_URL": redis_url,
+            "SWITCHYARD_CONFIG": str(config),
+            "SWITCHYARD_MODELS_DIR": str(ROOT / "models"),
+            "SWITCHYARD_LEASE_S": "4",
+            "SWITCHYARD_HEARTBEAT_S": "0.5",
+            "SWITCHYARD_SWEEP_S": "0.3",
+            "SWITCHYARD_RESEND_AFTER_S": "1.5",
+            "SWITCHYARD_DRAIN_S": "10",
+            "CELERY_CUSTOM_WORKER_POOL": "tasks.pool:TaskPool",
+        }
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.secret = self.create_key("default")
+
+    def create_key(self, tenant: str, *, is_admin: bool = False) -> str:
+        connection = session.connect(self.database_url, "tests")
+        with contextlib.closing(connection), connection.cursor() as cursor:
+            secret, _ = api_keys.create(cursor, "tests", tenant, is_admin=is_admin)
+            return secret
+
+    def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Look into the ledger, past the product's own code."""
+        connection = session.connect(self.database_url, "tests")
+        with contextlib.closing(connection), connection.cursor() as cursor:
+            cursor.execute(sql, values)
+            return cursor.fetchall() if cursor.description else []
+
+    def start_gateway(self, name: str = "gateway") -> None:
+        self._start(name, [sys.executable, "-m", "api.server"], {"SWITCHYARD_PORT": str(self.port)})
+        self.wait_until(lambda: self._is_up(), f"{name} up")
+
+    def start_reconciler(self, name: str = "reconciler") -> None:
+        self._start(name, [sys.executable, "-m", "tasks.reconciler"], {})
+
+    def start_worker(self, backend: str, name: str | None = None, slots: int = 64, wait_s: float = 30) -> None:
+        """Start a worker and wait until it has loaded and registered as ready."""
+        name = name or backend
+        argv = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-P", "custom", "-c", str(slots), "-Q", backend]
+        argv += ["-n", f"{name}@%h", "-E", *CELERY_OPTIONS]
+        self._start(name, argv, {"SWITCHYARD_BACKEND": backend, "SWITCHYARD_WORKER_NAME": name})
+        ready = "SELECT 1 FROM workers WHERE name = %s AND state = 'ready'"
+        self.wait_until(lambda: bool(self.query(ready, name)), f"worker {name} ready", wait_s)
+        if any(known.startswith("gateway") for known in self.processes):
+            self.wait_until(lambda: self._serves(backend), f"gateway knows {name}")
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Signal one process, and only it; its children are its own business."""
+        os.kill(self.processes[name].pid, number)
+        if number == signal.SIGKILL:
+            self.processes.pop(name).wait()
+
+    def stop(self, name: str, within_s: float = 30) -> int:
+        """SIGTERM one process and wait for it; its exit status."""
+        process = self.processes.pop(name)
+        process.terminate()
+        return process.wait(within_s)
+
+    def close(self) -> None:
+        for name in reversed(list(self.processes)):
+            process = self.processes[name]
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self.processes.clear()
+
+    def client(self, secret: str | None = None, timeout_s: float = 30) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {secret or self.secret}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, within_s: float = 20) -> None:
+        """Poll a condition of the outside world; a process that died meanwhile fails the wait at once."""
+        deadline = time.monotonic() + within_s
+        while not condition():
+            for name, process in self.processes.items():
+                if process.poll() is not None:
+                    raise AssertionError(f"{name} exited with {process.returncode}:\n{self.log(name)}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no {what} within {within_s} s\n" + "\n".join(map(self.log, self.processes)))
+            time.sleep(0.02)
+
+    def log(self, name: str) -> str:
+        text = (self.logs / f"{name}.log").read_text(errors="replace")
+        return f"--- {name}\n" + "\n".join(text.splitlines()[-25:])
+
+    def _start(self, name: str, argv: list[str], extra: dict[str, str]) -> None:
+        with (self.logs / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                argv, cwd=ROOT, env=self.environment | extra, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _is_up(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _serves(self, backend: str) -> bool:
+        models = httpx.get(f"{self.url}/v1/models", headers={"Authorization": f"Bearer {self.secret}"}).json()["data"]
+        return all(model["state"] == "ready" for model in models if model["backends"] == [backend])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def fresh_database(server_url: str, name: str) -> Iterator[str]:
+    """An empty, migrated database of that name on the server; gone afterwards."""
+    base, _, _ = server_url.rpartition("/")
+    connection = session.connect(server_url, "tests")
+    with contextlib.closing(connection), connection.cursor() as cursor:
+        cursor.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        cursor.execute(f"CREATE DATABASE {name}")
+        migrate.upgrade(f"{base}/{name}")
+        try:
+            yield f"{base}/{name}"
+        finally:
+            cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")

@@ -142,14 +142,18 @@ class Gateway:
 
     async def wait(self, watch: Watch, wait_s: float) -> Outcome | None:
         """The outcome once the watched job has ended; None if it takes longer than `wait_s`."""
-        await asyncio.wait({watch.ended}, timeout=wait_s)
-        if not watch.ended.done():
-            return None
-        outcome = await self._outcome(uuid.UUID(watch.job_id))
-        if outcome is None:
-            # Postgres itself crashed before this job's relaxed insert reached its disk.
-            raise errors.DependencyUnavailable("The job was lost with a restart of the database; send it again.")
-        return outcome if outcome.status in TERMINAL else None
+        deadline = time.monotonic() + wait_s
+        while True:
+            await asyncio.wait({watch.ended}, timeout=max(deadline - time.monotonic(), 0))
+            if not watch.ended.done():
+                return None
+            outcome = await self._outcome(uuid.UUID(watch.job_id))
+            if outcome is None:
+                # Postgres itself crashed before this job's relaxed insert reached its disk.
+                raise errors.DependencyUnavailable("The job was lost with a restart of the database; send it again.")
+            if outcome.status in TERMINAL:
+                return outcome
+            watch.rearm()
 
     async def stream(self, identity: Identity, call: Call, watch: Watch, after: int = 0) -> AsyncIterator[bytes]:
         """The watched job as server-sent events, each with its number as id. Where Redis lost some, the rest comes
@@ -286,12 +290,13 @@ class Gateway:
         """
         is_promised = job.is_stream or wish.is_async or wish.wait_s < 1.0
         inserts = self._durable_inserts if is_promised else self._relaxed_inserts
-        watch = self.subscriber.watch(job.id)
+        watch = self.subscriber.watch(job.id, is_recorded=False)
         try:
             created = await inserts.submit(job)
         except BaseException:
             watch.close()
             raise
+        watch.is_recorded = True
         inference.enqueue(self._outbox, [(job.id, job.backend, job.task)])
         self._count_queued(job.backend, job.prompt_tokens)
         log.info("job.accepted", job_id=str(job.id), request_id=job.request_id, model=job.model, backend=job.backend,

@@ -274,15 +274,17 @@ class Engine:
             self._end(error if isinstance(error, BackendDead) else BackendDead(f"the batch loop ended: {error!r}"))
 
     def _loop(self) -> None:
-        while not self._is_stopping:
+        while True:
             self._work.wait()
             self._work.clear()
             while busy := [batch for batch in self._batches if not batch.is_idle]:
                 for batch in busy:
+                    if self._is_stopping:
+                        return
                     if deltas := batch.step():
                         self._deliver(deltas)
-                if self._is_stopping:
-                    return
+            if self._is_stopping:
+                return
 
     def _end(self, failure: BackendError) -> None:
         # Under the lock: a call is either refused by `add` or failed here, never left waiting.

@@ -70,16 +70,16 @@ def load(path: Path, slots: int, max_length: int, options: Mapping[str, Any]) ->
     model.requires_grad_(False)
     with torch.inference_mode():
         expected = _expected(model)
-        if device.type == "cpu" and options.get("pack_weights", True):
-            _pack(model)
         if not _is_ragged(model):
             return _checked(SerialRunner(model), expected)
-        original = model.config._attn_implementation
+        if device.type == "cpu" and options.get("pack_weights", True):
+            _pack(model)
+        original = model.config._attn_implementation  # noqa: SLF001 (no public way to read it)
         try:
             return _checked(RaggedRunner(model, slots, max_length), expected)
         except torch.OutOfMemoryError:
             raise
-        except (_Mismatch, TypeError, RuntimeError, AttributeError) as error:
+        except (_MismatchError, TypeError, RuntimeError, AttributeError) as error:
             _log.warning("%s computes one sequence at a time: its attention cannot be shared (%s)", path.name, error)
             model.set_attn_implementation(original)
             return _checked(SerialRunner(model), expected)
@@ -122,14 +122,16 @@ class SerialRunner:
         self.model = model
         self._slots: dict[int, tuple[int, Any, torch.Tensor]] = {}
         """Per slot: tokens computed, the cache, the logits after them."""
+        is_recurrent = "cache_params" in inspect.signature(model.forward).parameters
+        self._cache_name = "cache_params" if is_recurrent else "past_key_values"
 
     def reserve(self, length: int) -> None:
         """Nothing: the caches grow by themselves."""
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(self, source: int, target: int, length: int) -> None:  # noqa: ARG002
         self._slots[target] = self._slots.pop(source)
 
-    def release(self, slot: int, is_spoiled: bool) -> None:
+    def release(self, slot: int, is_spoiled: bool) -> None:  # noqa: ARG002
         self._slots.pop(slot, None)
 
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -143,8 +145,8 @@ class SerialRunner:
             if done != piece.start:
                 raise RuntimeError("the sequence's cache was lost in an earlier failure")
             ids = torch.tensor([piece.tokens], device=self.model.device)
-            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, logits = output.get("past_key_values"), output.logits[:, -1].float()
+            output = self.model(input_ids=ids, use_cache=True, **{self._cache_name: cache})
+            cache, logits = output[self._cache_name], output.logits[:, -1].float()
         self._slots[piece.slot] = (piece.end, cache, logits)
         return logits
 
@@ -263,7 +265,7 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    _attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     switchyard_step: _Step | None = None,
@@ -340,7 +342,7 @@ class _PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self._packed = _lay_out(linear.weight.detach(), None)
         self.bias = linear.bias
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -348,23 +350,26 @@ class _PackedLinear(nn.Module):
         return output
 
 
-_linear = torch.ops.mkldnn._linear_pointwise.default
-
-
 def _pack(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and _can_pack(child.weight):
+            if type(child) is nn.Linear and _can_pack(child.weight.dtype):
                 setattr(parent, name, _PackedLinear(child))
 
 
-def _can_pack(weight: torch.Tensor) -> bool:
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+def _can_pack(dtype: torch.dtype) -> bool:
+    if not torch._C._has_mkldnn:  # noqa: SLF001
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(_has_bfloat16()))
 
 
-class _Mismatch(Exception):
+# What torch's own compiler emits for frozen weights; there is no public name for them.
+_linear = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
+_lay_out = torch.ops.mkldnn._reorder_linear_weight.default  # noqa: SLF001
+_has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported.default  # noqa: SLF001
+
+
+class _MismatchError(Exception):
     pass
 
 
@@ -378,7 +383,7 @@ def _expected(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _checked(runner: Runner, expected: torch.Tensor) -> Runner:
-    """`runner`, once it has reproduced the model's own logits; _Mismatch otherwise. Also warms it up."""
+    """`runner`, once it has reproduced the model's own logits; _MismatchError otherwise. Also warms it up."""
     long, short = (list(ids) for ids in _PROBES)
     runner.forward([Piece(0, 0, long[:2])])
     runner.forward([Piece(0, 2, long[2:4])])
@@ -388,13 +393,15 @@ def _checked(runner: Runner, expected: torch.Tensor) -> Runner:
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
     error = float((logits - expected).norm() / spread)
     if not error < (0.01 if runner.model.dtype == torch.float32 else 0.1):
-        raise _Mismatch(f"logits differ from the model's own by {error:.3f}")
+        raise _MismatchError(f"logits differ from the model's own by {error:.3f}")
     return runner
 
 
 def _is_ragged(model: PreTrainedModel) -> bool:
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    return bool(model._supports_attention_backend) and kinds <= {"full_attention", "sliding_attention"}
+    # The declaration that the architecture hands its arguments to whatever attention is registered.
+    is_declared = bool(model._supports_attention_backend)  # noqa: SLF001
+    return is_declared and kinds <= {"full_attention", "sliding_attention"}
 
 
 def _device(name: str) -> torch.device:

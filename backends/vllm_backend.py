@@ -24,6 +24,7 @@ honoured; `start` sets only those that are unset.
 import asyncio
 import multiprocessing
 import os
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
@@ -210,7 +211,7 @@ def _engine_args(spec: BackendSpec, model: ModelSpec) -> "AsyncEngineArgs":
     options |= {name: value for name, value in spec.options.items() if name in _ENGINE_OPTIONS}
     kv_cache_gib = spec.options.get("kv_cache_memory_gib")
     if current_platform.is_cpu():
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", spec.options.get("omp_threads_bind", "nobind"))
+        _share_the_processors(spec.options.get("omp_threads_bind", "nobind"))
         options.setdefault("enforce_eager", True)
         if kv_cache_gib is None and "gpu_memory_utilization" not in options:
             kv_cache_gib = _CPU_KV_CACHE_GIB
@@ -231,6 +232,19 @@ def _set_environment() -> None:
         "VLLM_LOGGING_LEVEL": "WARNING",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _share_the_processors(omp_threads_bind: str) -> None:
+    """CPU only: threads that wait sleep, because other processes need the cores they would spin on.
+
+    docs/decisions/0004-vllm-in-process.md has the measurements.
+    """
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", omp_threads_bind)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    library = Path(sys.prefix, "lib", "libiomp5.so")
+    if library.exists():
+        os.environ.setdefault("LD_PRELOAD", str(library))
 
 
 def _eos_token_ids(llm: "AsyncLLM") -> frozenset[int]:

@@ -66,6 +66,8 @@ async def run(worker: "Worker", job_id: uuid.UUID, version: int) -> None:
         metrics.DROPPED_MESSAGES.labels("unknown_version").inc()
         log.error("message.unknown_version", job_id=str(job_id), version=version)
         return
+    if worker.is_leaving:
+        return  # the job stays queued; its message is sent again
     try:
         claimed = await worker.claims.submit((job_id, worker.id))
     except LaneDown:

@@ -125,6 +125,12 @@ class Watch:
     subscriber: "Subscriber"
     job_id: str
     ended: "asyncio.Future[None]"
+    is_recorded: bool
+    """False while the job's row is on its way: the ledger not knowing it yet means nothing."""
+
+    def rearm(self) -> None:
+        """Wait for the next news: the last was not the job's end."""
+        self.ended = self.ended.get_loop().create_future()
 
     def close(self) -> None:
         self.subscriber.unwatch(self)
@@ -147,9 +153,9 @@ class Subscriber:
             await self._pubsub.aclose()
             await self._client.aclose()
 
-    def watch(self, job_id: UUID) -> "Watch":
+    def watch(self, job_id: UUID, *, is_recorded: bool = True) -> "Watch":
         """Be told when the job ends. Register before sending its message; close in the end."""
-        watch = Watch(self, str(job_id), asyncio.get_running_loop().create_future())
+        watch = Watch(self, str(job_id), asyncio.get_running_loop().create_future(), is_recorded)
         self._watches.setdefault(watch.job_id, set()).add(watch)
         return watch
 
@@ -161,8 +167,10 @@ class Subscriber:
 
     @property
     def watched(self) -> list[UUID]:
-        """The jobs that somebody here waits for."""
-        return [UUID(job_id) for job_id in self._watches]
+        """The recorded jobs that somebody here waits for."""
+        return [
+            UUID(job_id) for job_id, watches in self._watches.items() if any(watch.is_recorded for watch in watches)
+        ]
 
     def ended(self, job_ids: Iterable[str]) -> None:
         """Wake who waits for these jobs."""

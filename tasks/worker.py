@@ -55,7 +55,7 @@ class Worker:
         self._runs: dict[uuid.UUID, Run] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._is_draining = False
+        self.is_leaving = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -130,7 +130,7 @@ class Worker:
 
     async def drain(self) -> None:
         """Finish what runs within `drain_s`, give back the rest, and leave."""
-        self._is_draining = True
+        self.is_leaving = True
         self._pulse.state = "draining"
         self._pulse.beat_now()
         log.info("worker.draining", running=len(self._runs))
@@ -149,8 +149,8 @@ class Worker:
 
     def die(self, reason: str) -> None:
         """This process cannot serve again: give every job back and exit, to be restarted."""
-        if not self._is_draining:
-            self._is_draining = True
+        if not self.is_leaving:
+            self.is_leaving = True
             log.error("worker.dying", reason=reason)
             self._tasks.append(asyncio.create_task(self._die(), name="die"))
 

@@ -177,7 +177,7 @@ async def _gather(backend: VLLMBackend, calls: list[GenerateCall]) -> list[tuple
 @in_module_loop
 @pytest.mark.parametrize("narrowing", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
 async def test_a_sample_narrowed_to_the_best_token_is_greedy(
-    backend: VLLMBackend, prompts: list[list[int]], narrowing: dict[str, float]
+    backend: VLLMBackend, prompts: list[list[int]], narrowing: dict[str, Any]
 ) -> None:
     calls = [_call(prompts[1]), _call(prompts[1], temperature=1.0, **narrowing), _call(prompts[1], temperature=1.0)]
     greedy, narrowed, free = await _gather(backend, calls)
@@ -246,10 +246,14 @@ async def test_a_stop_token_ends_and_is_not_shown(
 
 
 @in_module_loop
-@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
-async def test_a_penalty_changes_what_repeats(backend: VLLMBackend, prompts: list[list[int]], name: str) -> None:
+@pytest.mark.parametrize(
+    "penalty", [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 2.0}]
+)
+async def test_a_penalty_makes_repeats_rarer(
+    backend: VLLMBackend, prompts: list[list[int]], penalty: dict[str, Any]
+) -> None:
     plain, penalised = await _gather(
-        backend, [_call(prompts[2], max_tokens=40), _call(prompts[2], max_tokens=40, **{name: 2.0})]
+        backend, [_call(prompts[2], max_tokens=40), _call(prompts[2], max_tokens=40, **penalty)]
     )
     assert len(set(penalised[0])) > len(set(plain[0]))
 

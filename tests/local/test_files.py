@@ -1,5 +1,6 @@
 """The command files say what the code does."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -90,3 +91,12 @@ def test_continuous_integration_runs_the_makefile() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert "make check test" in script.read_text()
+
+
+@pytest.mark.parametrize("name", ["settings", "catalog", "celeryconfig"])
+def test_the_modules_everybody_reads_import_no_package_of_ours(name: str) -> None:
+    """The rest of the import rules is import-linter's, which knows packages only."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {module.split(".")[0] for module in imported} & {"api", "tasks", "backends", "db", "local"}

@@ -22,12 +22,11 @@ time.sleep(1000)
 def test_a_child_dies_with_its_parent(tmp_path: Path, until: Callable[[Callable[[], object]], None]) -> None:
     note = tmp_path / "pid"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(note)], env=env)
-    until(lambda: note.exists() and note.read_text())
-    child = int(note.read_text())
-    assert spawn.start_ticks(child)
-    parent.kill()
-    parent.wait()
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(note)], env=env) as parent:
+        until(lambda: note.exists() and note.read_text())
+        child = int(note.read_text())
+        assert spawn.start_ticks(child)
+        parent.kill()
     until(lambda: not spawn.start_ticks(child))
 
 

@@ -48,7 +48,7 @@ def decode(body: bytes, limits: LimitsEntry) -> dict[str, Any]:
 
     orjson does most of the refusing. What it lets through (duplicate keys, NUL, integers it turns into
     floats) is ruled out by counting bytes, and only where the count leaves a doubt by an exact second
-    parse: 3 µs for a 330-byte chat body, against 8 µs when every body takes the exact parse.
+    parse: 4 µs for a 330-byte chat body, against 11 µs when every body takes the exact parse.
     """
     num_openers = body.count(b"{") + body.count(b"[")
     if num_openers + body.count(b",") >= limits.json_nodes:

@@ -27,11 +27,10 @@ import os
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import Tokenizer
 
@@ -179,11 +178,15 @@ class _Engine:
         return "length" if is_full or len(resumed) >= params.max_tokens else None
 
     def shutdown(self) -> None:
+        """Blocks until every process is gone, _STOP_S at most."""
+        # Else vLLM's monitor reports an exit that is meant.
+        self.llm.engine_core.resources.engine_dead = True
         for process in self.processes:
-            if process.is_alive() and process.pid is not None:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, vllm_orphans.STOP_SIGNAL)
-        self.llm.shutdown(timeout=_STOP_S)
+            if process.is_alive():
+                os.kill(cast("int", process.pid), vllm_orphans.STOP_SIGNAL)
+        for process in self.processes:
+            process.join(_STOP_S)
+        self.llm.shutdown(timeout=0)
 
 
 async def _start_engine(spec: BackendSpec, model: ModelSpec) -> _Engine:

@@ -53,8 +53,8 @@ class Stack:
         return {"authorization": f"Bearer {self.key}"}
 
     def cpu_s(self) -> dict[str, float]:
-        """CPU seconds used so far, by process name, children included."""
-        return {name: _cpu_s(process.pid) for name, process in self.processes.items()}
+        """CPU seconds used so far, by process name."""
+        return {name: cpu_s(process.pid) for name, process in self.processes.items()}
 
 
 @contextlib.contextmanager
@@ -93,6 +93,18 @@ def ready_models(port: int) -> dict[str, str]:
         return found
     finally:
         connection.close()
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds used so far by a process and its living descendants."""
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for member in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                times = member.cpu_times()
+                total += times.user + times.system
+    return total
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -157,17 +169,6 @@ def _key(database_url: str) -> str:
     finally:
         connection.close()
     return secret
-
-
-def _cpu_s(pid: int) -> float:
-    total = 0.0
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        for member in [process, *process.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                times = member.cpu_times()
-                total += times.user + times.system
-    return total
 
 
 def _tail(made: Stack, name: str) -> str:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -59,8 +60,7 @@ def install(environment: Path, *, dev: bool) -> None:
     print("Installing Switchyard (about 3 minutes the first time) …", flush=True)
     todo = steps(dev=dev, has_gpu=has_gpu)
     for number, step in enumerate(todo, start=1):
-        print(f"  {number}/{len(todo)} {step.title} …", flush=True)
-        _pip(environment, step)
+        _pip(environment, step, f"  {number}/{len(todo)} {step.title} …")
     for kind in (False, True) if dev else (False,):
         _stamp(environment, kind).write_text(fingerprint(ROOT, dev=kind, has_gpu=has_gpu))
     print(f"Installed in {time.monotonic() - began:.0f} s.", flush=True)
@@ -129,12 +129,20 @@ def _create(environment: Path) -> None:
         )
 
 
-def _pip(environment: Path, step: Step) -> None:
+def _pip(environment: Path, step: Step, label: str) -> None:
+    """Run one step; on a terminal the seconds count on, because some take minutes."""
     command = [str(environment / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    done = subprocess.run([*command, *step.arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        print((done.stdout + done.stderr).strip()[-3000:], file=sys.stderr)
-        sys.exit(f"error: {step.title} could not be installed; `make up` goes on from here once it can")
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen([*command, *step.arguments], cwd=ROOT, stdout=output, stderr=output) as process:
+            while sys.stdout.isatty() and process.poll() is None:
+                print(f"\r{label} {time.monotonic() - began:.0f} s", end="", flush=True)
+                time.sleep(0.5)
+        print(f"\r{label} {time.monotonic() - began:.0f} s", flush=True)
+        if process.returncode != 0:
+            output.seek(0)
+            print(output.read().strip()[-3000:], file=sys.stderr)
+            sys.exit(f"error: {step.title} could not be installed; `make up` goes on from here once it can")
 
 
 if __name__ == "__main__":

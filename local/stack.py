@@ -70,6 +70,8 @@ def up(detach: bool = True) -> None:
     try:
         with supervisor.locked(config.home / "up.lock"):
             _up(config, declared)
+    except KeyboardInterrupt as error:
+        raise StackError("interrupted; what was started goes on: `make status`, `make down`") from error
     except BlockingIOError as error:
         raise StackError("another `up` is at work here; wait for it") from error
     if not detach:
@@ -331,7 +333,9 @@ def _summary(config: Settings, declared: Catalog, key: str | None) -> None:
 
 
 def _curl(base: str, model: str, key: str) -> str:
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    # Temperature 0: a model of this size needs it to stay with the question.
+    body = json.dumps({"model": model, "messages": question, "temperature": 0})
     return (
         f"  curl {base}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-H \"Authorization: Bearer {key}\" \\\n    -d '{body}'"

@@ -203,6 +203,7 @@ class Supervisor:
 
     async def _stop(self, child: Child) -> None:
         if child.process is not None:
+            began = time.monotonic()
             child.turn("stopping")
             self._write_state()
             # Not `Popen.send_signal`: it would collect a process that has just ended, unseen by `_reap`.
@@ -213,6 +214,7 @@ class Supervisor:
                 log.warning("%s did not stop within %g s: killed", child.spec.name, child.spec.stop_s)
                 spawn.kill_group(child.process.pid)
                 await child.exited.wait()
+            log.info("%s stopped (%s) in %.1f s", child.spec.name, child.last_exit, time.monotonic() - began)
         child.turn("stopped")
         self._write_state()
 

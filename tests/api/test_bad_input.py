@@ -157,7 +157,8 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
         ({"text": SECRET}, "validation_error"), ([SECRET, 7], "validation_error"), ([SECRET, None], "validation_error"),
         ([SECRET, [1]], "validation_error"), ([1, 2.0], "validation_error"), ([1, True], "validation_error"),
         ([True], "validation_error"), ([1.5], "validation_error"), ([[1], 2], "validation_error"),
-        ([[SECRET]], "validation_error"), ([[1.0]], "validation_error"), ([[[1]]], "validation_error"),
+        ([[SECRET]], "validation_error"), ([[1, True]], "validation_error"),
+        ([[1.0]], "validation_error"), ([[[1]]], "validation_error"),
         ("", "invalid_prompt"), ([], "invalid_prompt"), ([""], "invalid_prompt"), ([SECRET, ""], "invalid_prompt"),
         ([[]], "invalid_prompt"), ([[1], []], "invalid_prompt"), ([-1], "number_out_of_range"),
         ([[1, 2**31]], "number_out_of_range"), (["x"] * 2049, "validation_error"),
@@ -233,6 +234,7 @@ def test_wrong_value(endpoint: str, field: str, value: Any, code: str, param: st
 
 TOGETHER = [
     (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "validation_error", "max_tokens"),
+    (CHAT, {"max_tokens": 7, "max_completion_tokens": 6}, "validation_error", "max_tokens"),
     (CHAT, {"max_tokens": 5, "min_tokens": 6}, "validation_error", "min_tokens"),
     (CHAT, {"max_completion_tokens": 5, "min_tokens": 6}, "validation_error", "min_tokens"),
     (CHAT, {"top_logprobs": 3}, "validation_error", "top_logprobs"),

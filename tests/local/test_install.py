@@ -55,7 +55,7 @@ def test_an_environment_is_current_until_something_changes(root: Path, monkeypat
     monkeypatch.setattr(install, "ROOT", root)
     calls: list[str] = []
     monkeypatch.setattr(install, "_create", create)
-    monkeypatch.setattr(install, "_pip", lambda _, step: calls.append(step.title))
+    monkeypatch.setattr(install, "_pip", lambda _, step, __: calls.append(step.title))
     monkeypatch.setattr(install, "_torch_index", lambda _: [])
     install.install(root / "venv", dev=True)
     first = len(calls)

@@ -1,0 +1,219 @@
+"""One suite for every backend: what `backends.base` promises, whichever runtime keeps it."""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from tokenizers import Tokenizer
+
+import catalog
+import settings
+from backends.base import Backend, Chunk, EncodeCall, GenerateCall, InvalidCall, SamplingParams
+from backends.registry import backend_class
+from catalog import BackendSpec, ModelSpec
+
+CONFIG = """
+backends:
+  echo: {runtime: echo}
+  gpt: {runtime: gpt, options: {dtype: float32, max_batch_size: 8}}
+  bert: {runtime: bert, options: {dtype: float32}}
+  vllm: {runtime: vllm, options: {dtype: float32, max_num_seqs: 8, kv_cache_memory_gib: 0.25}}
+models:
+  echo: {path: echo, backends: [echo], context_length: 512}
+  smollm2-135m-instruct: {path: smollm2-135m-instruct, backends: [gpt, vllm], context_length: 512}
+  all-minilm-l6-v2: {path: all-minilm-l6-v2, backends: [bert]}
+  banking77: {path: banking77-minilm, backends: [bert]}
+"""
+
+
+def spec_of(name: str, folder: Path) -> BackendSpec:
+    file = folder / "switchyard.yaml"
+    file.write_text(CONFIG)
+    return catalog.load(file, settings.load().models_dir).backends[name]
+
+
+@pytest_asyncio.fixture(scope="class", loop_scope="class")
+async def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Backend]:
+    spec = spec_of(request.cls.name, tmp_path_factory.mktemp("contract"))
+    started = backend_class(spec.runtime)(spec)
+    await started.start()
+    yield started
+    await started.stop()
+
+
+def tokens_of(model: ModelSpec, text: str) -> list[int]:
+    if model.path == "echo":
+        return list(text.encode())
+    tokenizer: Any = Tokenizer.from_file(str(Path(model.path) / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return list(tokenizer.encode(text).ids)
+
+
+def call_for(model: ModelSpec, text: str, name: str = "call", **fields: Any) -> GenerateCall:
+    resumed = fields.pop("resumed_token_ids", ())
+    is_streaming = fields.pop("is_streaming", True)
+    options = {"token_ms": 1} if model.path == "echo" else {}
+    params = SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **fields})
+    return GenerateCall(name, model.name, tokens_of(model, text), params, is_streaming, resumed, options)
+
+
+async def run(backend: Backend, call: GenerateCall) -> list[Chunk]:
+    return [chunk async for chunk in backend.generate(call)]
+
+
+def joined(chunks: list[Chunk]) -> tuple[str, list[int]]:
+    return "".join(c.text for c in chunks), [token for c in chunks for token in c.token_ids]
+
+
+PROMPTS = ["The capital of France is", "Once upon a time", "2 + 2 =", "Ünïcödé ist schön, weil"]
+
+
+class Generates:
+    name: str
+
+    pytestmark = pytest.mark.asyncio(loop_scope="class")
+
+    async def test_only_the_last_chunk_has_a_finish_reason(self, backend: Backend) -> None:
+        chunks = await run(backend, call_for(backend.spec.models[0], PROMPTS[0]))
+        assert [chunk.finish_reason is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert len(chunks) > 1
+
+    async def test_streaming_or_not_gives_the_same(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        whole = await run(backend, call_for(model, PROMPTS[3], is_streaming=False))
+        pieces = await run(backend, call_for(model, PROMPTS[3], is_streaming=True))
+        assert joined(whole) == joined(pieces)
+        assert whole[-1].finish_reason == pieces[-1].finish_reason
+
+    async def test_many_at_once_answer_as_each_alone(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        alone = [joined(await run(backend, call_for(model, prompt))) for prompt in PROMPTS]
+        calls = [call_for(model, prompt, f"call-{number}") for number, prompt in enumerate(PROMPTS)]
+        together = await asyncio.gather(*[run(backend, call) for call in calls])
+        assert [joined(chunks) for chunks in together] == alone
+
+    async def test_max_tokens_is_kept_and_named(self, backend: Backend) -> None:
+        for limit in (1, 3):
+            chunks = await run(backend, call_for(backend.spec.models[0], PROMPTS[1], max_tokens=limit))
+            assert len(joined(chunks)[1]) == limit
+            assert chunks[-1].finish_reason == "length"
+
+    async def test_an_attempt_goes_on_where_another_stopped(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        text, tokens = joined(await run(backend, call_for(model, PROMPTS[0])))
+        head = [chunk for chunk in await run(backend, call_for(model, PROMPTS[0], max_tokens=5))]
+        rest = await run(backend, call_for(model, PROMPTS[0], resumed_token_ids=tuple(tokens[:5])))
+        assert joined(head)[1] + joined(rest)[1] == tokens
+        assert joined(head)[0] + joined(rest)[0] == text
+
+    async def test_a_closed_stream_leaves_room_for_others(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        streams = [
+            backend.generate(call_for(model, PROMPTS[1], f"left-{number}", max_tokens=200)) for number in range(8)
+        ]
+        await asyncio.gather(*[anext(stream) for stream in streams])
+        for stream in streams:
+            await stream.aclose()  # type: ignore[attr-defined]
+        chunks = await asyncio.wait_for(run(backend, call_for(model, PROMPTS[2])), 20)
+        assert chunks[-1].finish_reason is not None
+
+    async def test_a_cancelled_reader_leaves_room_for_others(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        begun = asyncio.Event()
+
+        async def read() -> None:
+            async with contextlib.aclosing(backend.generate(call_for(model, PROMPTS[1], "gone", max_tokens=200))) as all_:  # type: ignore[type-var]
+                async for _ in all_:
+                    begun.set()
+
+        reader = asyncio.create_task(read())
+        await asyncio.wait_for(begun.wait(), 20)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        assert joined(await run(backend, call_for(model, PROMPTS[2], "gone")))[1]
+
+    async def test_what_it_cannot_do_is_refused(self, backend: Backend) -> None:
+        if "embed" not in backend.capabilities.tasks:
+            with pytest.raises(InvalidCall):
+                await backend.embed(EncodeCall("x", backend.spec.models[0].name, [[1]]))
+
+    async def test_it_is_healthy(self, backend: Backend) -> None:
+        backend.check_health()
+
+
+class Encodes:
+    name: str
+
+    pytestmark = pytest.mark.asyncio(loop_scope="class")
+
+    async def test_embeddings_are_unit_vectors_that_company_does_not_change(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        inputs = [tokens_of(model, text) for text in [*PROMPTS, "a much longer text " * 12]]
+        together = await backend.embed(EncodeCall("all", model.name, inputs))
+        assert together.dtype == np.float32
+        assert together.shape[0] == len(inputs)
+        np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
+        alone = await asyncio.gather(
+            *[backend.embed(EncodeCall(f"one-{index}", model.name, [tokens])) for index, tokens in enumerate(inputs)]
+        )
+        np.testing.assert_allclose(np.concatenate(alone), together, atol=2e-5)
+
+    async def test_dimensions_shorten_and_stay_unit(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        tokens = [tokens_of(model, PROMPTS[0])]
+        full = await backend.embed(EncodeCall("full", model.name, tokens))
+        short = await backend.embed(EncodeCall("short", model.name, tokens, dimensions=8))
+        assert short.shape == (1, 8)
+        np.testing.assert_allclose(short, full[:, :8] / np.linalg.norm(full[:, :8]), atol=1e-5)
+
+    async def test_probabilities_sum_to_one(self, backend: Backend) -> None:
+        model = backend.spec.models[-1]
+        shares = await backend.classify(EncodeCall("c", model.name, [tokens_of(model, "my card has not arrived")]))
+        np.testing.assert_allclose(shares.sum(axis=1), 1.0, atol=1e-4)
+        assert shares.shape == (1, len(model.labels) or 2)
+
+    async def test_the_matching_document_ranks_first(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        texts = ["capital of France", "bananas", "the capital of France is Paris"]
+        scores = await backend.rerank(EncodeCall("r", model.name, [tokens_of(model, text) for text in texts]))
+        assert scores.shape == (2,)
+        assert scores[1] > scores[0]
+
+
+class TestEcho(Generates, Encodes):
+    name = "echo"
+
+
+@pytest.mark.models
+class TestGPT(Generates):
+    name = "gpt"
+
+
+@pytest.mark.models
+class TestBERT(Encodes):
+    name = "bert"
+
+
+@pytest.mark.models
+@pytest.mark.vllm
+class TestVLLM(Generates):
+    name = "vllm"
+
+
+@pytest.mark.parametrize("runtime", ["echo", "gpt", "bert", "vllm"])
+def test_importing_a_backend_imports_no_runtime(runtime: str) -> None:
+    """The gateway reads capabilities from these classes and must stay small."""
+    code = (
+        "import sys; from backends.registry import backend_class; "
+        f"backend_class({runtime!r}); import api.app; "
+        "sys.exit(bool({'torch', 'transformers', 'vllm'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -4,8 +4,12 @@ A key found valid is remembered for two seconds, so a revocation takes effect wi
 """
 
 import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
+from fastapi.routing import APIRoute
 from starlette.requests import Request
+from starlette.responses import Response
 
 from api import errors
 from db import api_keys
@@ -59,9 +63,18 @@ async def authenticate(request: Request) -> ApiKey:
     return key
 
 
-async def authenticate_admin(request: Request) -> ApiKey:
-    """The caller, who must hold an admin key."""
-    key = await authenticate(request)
-    if not key.is_admin:
-        raise errors.Forbidden()
-    return key
+class CallerRoute(APIRoute):
+    """A route whose function takes (request, caller) and nothing else.
+
+    Declared and documented like any other; called without FastAPI's dependency solver, which costs 60 µs
+    of a request that otherwise needs 150.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint = self.endpoint
+
+        async def handle(request: Request) -> Response:
+            response: Response = await endpoint(request, await authenticate(request))
+            return response
+
+        return handle

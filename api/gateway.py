@@ -142,10 +142,12 @@ class Gateway:
 
     async def wait(self, watch: Watch, wait_s: float) -> Outcome | None:
         """The outcome once the watched job has ended; None if it takes longer than `wait_s`."""
-        deadline = time.monotonic() + wait_s
+        deadline = asyncio.get_running_loop().time() + wait_s
         while True:
-            await asyncio.wait({watch.ended}, timeout=max(deadline - time.monotonic(), 0))
-            if not watch.ended.done():
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await watch.ended
+            except TimeoutError:
                 return None
             outcome = await self._outcome(uuid.UUID(watch.job_id))
             if outcome is None:
@@ -219,8 +221,8 @@ class Gateway:
     async def _look_up(self, plan: CachePlan, wish: Wish, keys: Sequence[bytes]) -> tuple[Hit | None, str]:
         if not plan.is_read:
             return None, f"BYPASS; {plan.reason}"
-        found = await asyncio.gather(*[self.lookups.submit(key) for key in keys])
-        hits = [hit for hit in found if hit is not None]
+        waiting = [self.lookups.submit(key) for key in keys]
+        hits = [hit for future in waiting if (hit := await future) is not None]
         if not hits:
             return None, "MISS; not stored"
         if wish.cache.max_age_s is not None and hits[0].age_s > wish.cache.max_age_s:
@@ -248,11 +250,8 @@ class Gateway:
         decision = router.choose(self.catalog, call, tokenised, self.loads, can_wait=wish.is_async)
         if decision.chosen is None:
             raise _refusal(decision, refusals)
-        metrics.ROUTER_CHOICES.labels(
-            call.model if call.model == "auto" else decision.candidates[0].model,
-            decision.chosen.model,
-            decision.chosen.backend,
-        ).inc()
+        asked = call.model if call.model == "auto" else decision.candidates[0].model
+        metrics.child(metrics.ROUTER_CHOICES, asked, decision.chosen.model, decision.chosen.backend).inc()
         return decision
 
     def _new_job(self, call: Call, caller: ApiKey, wish: Wish, request_id: str, decision: Decision, verdict: str,
@@ -272,7 +271,7 @@ class Gateway:
             is_stream=call.stream,
             payload=call.without_text().encode(),
             metadata=orjson.dumps(wish.metadata).decode() if wish.metadata else None,
-            decision=orjson.dumps(decision.as_json()).decode(),
+            decision=orjson.dumps(decision).decode(),
             cache_verdict=verdict,
             cache_key=keys[call.model],
             cache_ttl_s=self.catalog.cache.ttl_s if plan.is_written else None,

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import metrics
 from db.request_log import Entry
+from tasks.metrics import child
 
 if TYPE_CHECKING:
     from api.gateway import Gateway
@@ -57,16 +58,16 @@ def _given_id(scope: Scope) -> str | None:
 def _account(scope: Scope, entry: Entry, seconds: float) -> None:
     route = getattr(scope.get("route"), "path", "unmatched")
     method = scope["method"] if route != "unmatched" else "any"
-    metrics.REQUEST_SECONDS.labels(route, method).observe(seconds)
-    metrics.REQUESTS.labels(route, method, entry.status_code).inc()
+    child(metrics.REQUEST_SECONDS, route, method).observe(seconds)
+    child(metrics.REQUESTS, route, method, str(entry.status_code)).inc()
     if entry.error_code:
-        metrics.ERRORS.labels(route, entry.error_code).inc()
+        child(metrics.ERRORS, route, entry.error_code).inc()
     if not route.startswith("/v1/"):
         return
     entry.endpoint, entry.duration_ms = route, seconds * 1000
     if entry.cache_verdict:
         verdict, _, reason = entry.cache_verdict.partition("; ")
-        metrics.CACHE.labels(verdict, reason).inc()
+        child(metrics.CACHE, verdict, reason).inc()
     gateway: Gateway | None = getattr(scope["app"].state, "gateway", None)
     if gateway is not None:
         # Nobody waits for this line: an answer is not held up, nor lost, for its own account.

@@ -3,6 +3,7 @@
 `Prefer: respond-async, wait=n` is RFC 7240; `Cache-Control` is RFC 9111's request side.
 """
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -43,6 +44,8 @@ class Wish:
 
 def read(headers: Headers, longest_wait_s: float) -> Wish:
     """The wish of an inference request. Preferences that are not ours are ignored, as RFC 7240 says."""
+    if "prefer" not in headers and "cache-control" not in headers and "x-cancel-on-disconnect" not in headers:
+        return _plain(longest_wait_s)
     is_async, wait_s = False, None
     applied = []
     for preference in re.split(r"[,;]", headers.get("prefer", "")[:_MAX_HEADER]):
@@ -62,6 +65,11 @@ def read(headers: Headers, longest_wait_s: float) -> Wish:
         preference_applied=", ".join(applied) or None,
         cancels_on_disconnect=headers.get("x-cancel-on-disconnect", "").lower() == "true",
     )
+
+
+@functools.cache
+def _plain(wait_s: float) -> Wish:
+    return Wish(wait_s=wait_s)
 
 
 def cache_control(value: str) -> CacheControl:

@@ -10,7 +10,8 @@ whose architecture cannot be packed exactly (found out at start, against its own
 Options:
     dtype             float32 (default) or bfloat16.
     device            auto (default: cuda where there is one), cpu, cuda, cuda:1, ...
-    max_batch_tokens  tokens of one forward pass, padding included (default 4096). A longer sequence runs alone.
+    max_batch_tokens  tokens of one forward pass, padding included (default 1024: on a CPU more is not faster and
+                      holds newcomers up; a GPU wants more). A longer sequence runs alone.
     num_threads       threads of one forward pass on a CPU (default 0: torch decides).
 """
 
@@ -49,7 +50,7 @@ class BERTBackend(Backend):
         super().__init__(spec)
         if unknown := set(spec.options) - _OPTIONS:
             raise ValueError(f"{spec.name}: unknown options {sorted(unknown)}")
-        self._line = _Line(int(spec.options.get("max_batch_tokens", 4096)))
+        self._line = _Line(int(spec.options.get("max_batch_tokens", 1024)))
         self._models: dict[str, _Model] = {}
         self._thread: threading.Thread | None = None
         self._death: BaseException | None = None
@@ -306,6 +307,7 @@ class _Model:
             spec.path, dtype="float32", use_safetensors=True, trust_remote_code=False, local_files_only=True
         ).eval()
         self._config: Any = self._model.config
+        self._num_types = getattr(self._config, "type_vocab_size", 0) or 1
         self._pooling, self._is_normalised = ((), False) if self._is_classifier else _sentence_modules(Path(spec.path))
         self._position_offset = 0
         self.is_packed = self._probe()
@@ -324,9 +326,8 @@ class _Model:
             raise InvalidCall(f"a token id is outside the vocabulary of {call.model}")
         if call.type_ids is not None and list(map(len, call.type_ids)) != list(map(len, call.inputs)):
             raise InvalidCall("type_ids must have the lengths of the inputs")
-        num_types = getattr(self._config, "type_vocab_size", 0) or 1
-        if call.type_ids is not None and not _within(call.type_ids, num_types):
-            raise InvalidCall(f"{call.model} has {num_types} segment types")
+        if call.type_ids is not None and not _within(call.type_ids, self._num_types):
+            raise InvalidCall(f"{call.model} has {self._num_types} segment types")
 
     def run(self, batch: Sequence[_Item]) -> np.ndarray:
         """float32 [sequences, outputs] for a batch sorted by length."""
@@ -379,8 +380,8 @@ class _Model:
         return _pooled(output.last_hidden_state[mask.bool()], mask.sum(dim=1), self._pooling)
 
     def _types(self, batch: Sequence[_Item], shape: "Callable[[list[list[int]]], torch.Tensor]") -> dict[str, Any]:
-        """Not every architecture takes segment ids: they are passed only where a call has them."""
-        if not any(item.work.type_ids for item in batch):
+        """Not every architecture takes segment ids, and those that do assume 0."""
+        if self._num_types == 1 or not any(item.work.type_ids for item in batch):
             return {}
         return {"token_type_ids": shape([item.type_ids for item in batch])}
 
@@ -554,6 +555,7 @@ def _normalised(rows: np.ndarray) -> np.ndarray:
 
 
 def _wake(loop: asyncio.AbstractEventLoop, function: Callable[..., None], works: list[_Work], *args: Any) -> None:
+    """Once for all `works`. A loop that is closed has nobody left to tell."""
     if works and not loop.is_closed():
         loop.call_soon_threadsafe(function, works, *args)
 

@@ -13,8 +13,14 @@ import torch
 
 from backends.base import SamplingParams, TokenLogprob
 
-_SHORTLIST = 256
-"""Candidates sorted for top_p before a row falls back to sorting the vocabulary: 0.1 ms against 3.5 ms a row."""
+_SHORTLISTS = (256, 4096)
+"""How many candidates are sorted for top_p and top_k before a row has to sort the whole vocabulary. Measured for
+49152 tokens on a CPU: 0.1 ms, 0.5 ms and 3.6 ms a row."""
+
+
+_BLOCK = 8
+"""Rows drawn at a time on a CPU, so that what is computed on the way stays in its cache: 32 rows of 49152 tokens
+take 6.4 ms, against 16 ms at once."""
 
 
 class Sampler:
@@ -61,14 +67,13 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> tuple[list[int]
     logprobs = torch.log_softmax(logits[reported], -1) if reported else None
     for row, sampler in enumerate(samplers):
         sampler.adjust(logits[row])
+    tokens = logits.argmax(-1).tolist()
     drawn = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
-    if len(drawn) == len(samplers):
-        tokens = _draw(logits, samplers).tolist()
-    else:
-        choice = logits.argmax(-1)
-        if drawn:
-            choice[drawn] = _draw(logits[drawn], [samplers[row] for row in drawn])
-        tokens = choice.tolist()
+    block = _BLOCK if logits.device.type == "cpu" else len(drawn)
+    for start in range(0, len(drawn), max(1, block)):
+        rows = drawn[start : start + block]
+        for row, token in zip(rows, _draw(logits[rows], [samplers[row] for row in rows]).tolist(), strict=True):
+            tokens[row] = token
     report: list[TokenLogprob | None] = [None] * len(samplers)
     if logprobs is not None:
         wanted = [samplers[row].params.logprobs or 0 for row in reported]
@@ -99,29 +104,33 @@ def _truncate(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor
     """`probs` [rows, vocabulary] with everything outside top_k, then outside top_p of what is left, zero."""
     size = probs.shape[-1]
     limits = [p.top_k if 0 < p.top_k < size else size for p in params]
-    width = min(size, max([_SHORTLIST, *(limit for limit in limits if limit < size)]))
-    kept, is_enough = _shortlist(probs, params, limits, width)
-    if not is_enough.all():
-        rest = (~is_enough).nonzero()[:, 0].tolist()
-        kept[rest] = _shortlist(probs[rest], [params[row] for row in rest], [limits[row] for row in rest], size)[0]
+    kept = torch.zeros_like(probs)
+    left = list(range(len(params)))
+    for width in (*(width for width in _SHORTLISTS if width < size), size):
+        rows, is_enough = _shortlist(probs[left], [params[i] for i in left], [limits[i] for i in left], width)
+        kept[left] = rows
+        left = [i for i, is_done in zip(left, is_enough.tolist(), strict=True) if not is_done]
+        if not left:
+            break
     return kept
 
 
 def _shortlist(
     probs: torch.Tensor, params: list[SamplingParams], limits: list[int], width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The truncated rows, right wherever the second answer is true: there the `width` best held top_p."""
+    """The truncated rows, and for which of them the `width` best candidates were enough to tell."""
     values, tokens = probs.topk(width, -1)
     limit = _column(limits, values)
     values = values.masked_fill(torch.arange(width, device=values.device) >= limit, 0.0)
     within = values.sum(-1, keepdim=True)
-    mass = torch.where(limit < probs.shape[-1], within, probs.sum(-1, keepdim=True))
+    is_unlimited = limit == probs.shape[-1]
+    mass = torch.where(is_unlimited, probs.sum(-1, keepdim=True), within)
     top_p = _column([p.top_p for p in params], values)
     below = values.cumsum(-1) - values
     # top_p 0 keeps the best token; 1 keeps all, which the rounding of a sum near 1 must not shorten.
     is_kept = (below < top_p * mass) | (top_p >= 1)
     is_kept[:, 0] = True
-    is_enough = (limit <= width) | (within >= top_p * mass)
+    is_enough = torch.where(is_unlimited, within >= top_p * mass, limit <= width)
     return torch.zeros_like(probs).scatter_(-1, tokens, values * is_kept), is_enough[:, 0]
 
 

@@ -22,9 +22,9 @@ honoured; `start` sets only those that are unset.
 """
 
 import asyncio
+import gc
 import multiprocessing
 import os
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, fields
@@ -123,9 +123,10 @@ class VLLMBackend(Backend):
             self._engines[model.name] = await _start_engine(self.spec, model)
 
     async def stop(self) -> None:
-        engines = list(self._engines.values())
+        await asyncio.gather(*(asyncio.to_thread(engine.shutdown) for engine in self._engines.values()))
         self._engines.clear()
-        await asyncio.gather(*(asyncio.to_thread(engine.shutdown) for engine in engines))
+        # An AsyncLLM that only the interpreter's exit frees complains there.
+        gc.collect()
 
     def check_health(self) -> None:
         for name, engine in self._engines.items():
@@ -244,10 +245,6 @@ def _share_the_processors(omp_threads_bind: str) -> None:
     """
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", omp_threads_bind)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
-    library = Path(sys.prefix, "lib", "libiomp5.so")
-    if library.exists():
-        os.environ.setdefault("LD_PRELOAD", str(library))
 
 
 def _eos_token_ids(llm: "AsyncLLM") -> frozenset[int]:

@@ -10,11 +10,10 @@ settings, in turns, under the same load generator.
 import contextlib
 import json
 import sys
-from pathlib import Path
 
-from benchmarks import load, peers, report, stack
-from benchmarks.echo import first_answer
-from benchmarks.load import Result, Target
+from benchmarks import peers, report, stack
+from benchmarks.contender import Contender, first_answer
+from benchmarks.load import Target
 from local import servers
 
 BODY = json.dumps(
@@ -29,52 +28,54 @@ def main() -> None:
     args = report.parser("cache", __doc__).parse_args()
     made = report.start("cache")
     seconds, repeats = (2.0, 1) if args.quick else (5.0, args.repeats)
-    results: dict[str, list[Result]] = {}
     with contextlib.ExitStack() as exits:
-        targets = _targets(exits)
+        contenders = _contenders(exits)
         for repeat in range(repeats):
-            for name, target in targets.items():
-                report.say(f"{repeat + 1}/{repeats} {name}")
-                closed = load.closed_loop(target, concurrency=CONCURRENCY, seconds=seconds)
-                opened = load.open_loop(target, rate=RATE, seconds=seconds)
-                results.setdefault(f"{name} closed", []).append(closed)
-                results.setdefault(f"{name} open", []).append(opened)
-                report.say(f"    {closed.rate:,.0f}/s, p50 {opened.latency_ms(0.5):.2f} ms")
-    made.add(_summary(list(targets), results, repeats))
+            for one in contenders:
+                report.say(f"{repeat + 1}/{repeats} {one.name}")
+                one.closed_loop(CONCURRENCY, seconds)
+                one.open_loop(RATE, seconds)
+    made.add(_summary(*contenders, repeats))
     made.save(args.json)
 
 
-def _targets(exits: contextlib.ExitStack) -> dict[str, Target]:
+def _contenders(exits: contextlib.ExitStack) -> tuple[Contender, Contender]:
     report.say("starting the stack and the bare route")
     running = exits.enter_context(stack.running(stack.ECHO))
+    hit = Target(running.port, BODY, headers=running.headers(), expected=b"x-cache: hit")
     answer = running.home / "answer.json"
-    answer.write_bytes(first_answer(running.port, running.headers(), BODY))
+    answer.write_bytes(first_answer(hit))
     port = servers.free_port(None)
     argv = [sys.executable, "-m", "benchmarks.bare", str(port), str(answer)]
-    exits.enter_context(peers.process(argv, f"http://127.0.0.1:{port}/", Path(running.home / "bare.log")))
-    return {
-        "cache hit": Target(running.port, BODY, headers=running.headers(), expected=b"x-cache: hit"),
-        "bare FastAPI route": Target(port, BODY, headers=running.headers()),
-    }
+    process = exits.enter_context(peers.process(argv, f"http://127.0.0.1:{port}/", running.home / "bare.log"))
+    bare = Target(port, BODY, headers=running.headers())
+    return (
+        Contender("cache hit", hit, running.cpu_s),
+        Contender("bare FastAPI route", bare, lambda: {"bare": stack.cpu_s(process.pid)}),
+    )
 
 
-def _summary(names: list[str], results: dict[str, list[Result]], repeats: int) -> report.Table:
-    rows: list[tuple[report.Cell, ...]] = []
-    for name in names:
-        closed, opened = results[f"{name} closed"], results[f"{name} open"]
-        rows.append((
-            name,
-            report.spread([result.rate for result in closed]),
-            report.spread([result.latency_ms(0.5) for result in closed], 1),
-            report.spread([result.latency_ms(0.99) for result in closed], 1),
-            report.spread([result.latency_ms(0.5) for result in opened], 2),
-            report.spread([result.latency_ms(0.99) for result in opened], 2),
-        ))  # fmt: skip
-    hit, bare = (results[f"{name} closed"] for name in names)
-    shares = [100 * one.rate / other.rate for one, other in zip(hit, bare, strict=True)]
-    rows.append(("hit as a share of bare, %", report.spread(shares, 1), *[None] * 4))
-    columns = ("", "req/s", "p50 ms", "p99 ms", f"p50 ms at {RATE:g}/s", f"p99 ms at {RATE:g}/s")
-    notes = (f"{CONCURRENCY} callers; median (lowest–highest) of {repeats}, in turns", AIM)
+def _summary(hit: Contender, bare: Contender, repeats: int) -> report.Table:
+    closed, opened = f"{CONCURRENCY} callers", f"{RATE:g}/s"
+    rows: list[tuple[report.Cell, ...]] = [
+        (
+            one.name,
+            report.spread(one.rates(closed)),
+            report.spread(one.latencies_ms(closed, 0.5), 1),
+            report.spread(one.latencies_ms(closed, 0.99), 1),
+            report.spread(one.latencies_ms(opened, 0.5), 2),
+            report.spread(one.latencies_ms(opened, 0.99), 2),
+            report.spread(one.total_cpu_ms(closed), 3),
+        )
+        for one in (hit, bare)
+    ]
+    shares = [100 * mine / least for mine, least in zip(hit.rates(closed), bare.rates(closed), strict=True)]
+    spent = zip(hit.cpu_ms_of(closed, "gateway0"), bare.total_cpu_ms(closed), strict=True)
+    costs = [100 * least / mine for mine, least in spent]
+    rows.append(("hit as a share of bare, %", report.spread(shares, 1), *[None] * 5))
+    rows.append(("by CPU of the process, %", report.spread(costs, 1), *[None] * 5))
+    columns = ("", "req/s", "p50 ms", "p99 ms", f"p50 ms at {opened}", f"p99 ms at {opened}", "CPU ms/req")
+    notes = (f"{closed} unless said otherwise; median (lowest–highest) of {repeats}, in turns", AIM)
     return report.Table("Cache hit, one gateway process", columns, rows, notes)
 
 

@@ -8,17 +8,14 @@ gateways in front of an upstream that answers the same bytes at once; they store
 """
 
 import contextlib
-import http.client
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks import load, peers, report, stack
-from benchmarks.load import Result, Target
+from benchmarks.contender import Contender, first_answer
+from benchmarks.load import Target
 from local import servers
 
 BODY = json.dumps(
@@ -28,20 +25,8 @@ CONCURRENCIES = (64, 256)
 RATE = 50.0
 AIM = "aim: at least 600 jobs/s, and 12 ms at the median at 50 requests/s"
 
-Cpu = Callable[[], Mapping[str, float]]
-
-
-@dataclass(slots=True)
-class Contender:
-    """Something that answers, and what was measured of it."""
-
-    name: str
-    target: Target
-    cpu: Cpu
-    results: dict[str, list[Result]] = field(default_factory=dict)
-    cpu_ms: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    """CPU milliseconds a request, by process."""
-    failure: str | None = None
+_CLOSED = [f"{concurrency} callers" for concurrency in CONCURRENCIES]
+_OPEN = f"{RATE:g}/s"
 
 
 def main() -> None:
@@ -51,32 +36,19 @@ def main() -> None:
     args = parser.parse_args()
     made = report.start("echo")
     seconds, repeats = (2.0, 1) if args.quick else (5.0, args.repeats)
+    failures: dict[str, str] = {}
+    """By contender: why it has no figures."""
     with contextlib.ExitStack() as exits:
-        contenders = _own(exits)
-        failures = {} if args.no_peers else _add_peers(contenders, args.peers_dir, exits)
+        own = _own(exits)
+        others = [] if args.no_peers else _peers(own[0].target, args.peers_dir, failures, exits)
         for repeat in range(repeats):
-            for contender in contenders:
-                report.say(f"{repeat + 1}/{repeats} {contender.name}")
-                _measure(contender, seconds)
-    made.add(_summary(contenders, failures, repeats))
-    made.add(_cpu_table(contenders[0]))
+            for one in [*own, *others]:
+                if one.name not in failures:
+                    report.say(f"{repeat + 1}/{repeats} {one.name}")
+                    _measure(one, seconds, failures if one in others else None)
+    made.add(_summary([*own, *others], failures, repeats))
+    made.add(_cpu_table(own[0]))
     made.save(args.json)
-
-
-def first_answer(port: int, headers: Mapping[str, str], body: str) -> bytes:
-    """The body of one answer, waiting until there is one."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60.0)
-    try:
-        connection.request(
-            "POST", "/v1/chat/completions", body, {"content-type": "application/json", **headers}
-        )
-        answer = connection.getresponse()
-        found = answer.read()
-    finally:
-        connection.close()
-    if answer.status != 200:
-        raise load.LoadError(f"{answer.status}: {found[:300].decode(errors='replace')}")
-    return found
 
 
 def _own(exits: contextlib.ExitStack) -> list[Contender]:
@@ -90,98 +62,77 @@ def _own(exits: contextlib.ExitStack) -> list[Contender]:
     return contenders
 
 
-def _add_peers(contenders: list[Contender], folder: Path, exits: contextlib.ExitStack) -> dict[str, str]:
-    """Start the upstream and every peer; answers why each of the others could not be had."""
+def _peers(own: Target, folder: Path, failures: dict[str, str], exits: contextlib.ExitStack) -> list[Contender]:
+    """The upstream, and every peer that can be had in front of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    own = contenders[0].target
     answer = folder / "answer.json"
-    answer.write_bytes(first_answer(own.port, own.headers, BODY.replace("{number}", "0" * 12)))
+    answer.write_bytes(first_answer(own))
     port = servers.free_port(None)
     argv = [sys.executable, "-m", "benchmarks.upstream", str(port), str(answer)]
     upstream = exits.enter_context(peers.process(argv, f"http://127.0.0.1:{port}/", folder / "upstream.log"))
-    failures: dict[str, str] = {}
+    contenders = []
     for name, starter in peers.STARTERS.items():
         report.say(f"starting {name} (the first time installs it)")
         try:
             peer = exits.enter_context(starter(folder, port))
             target = Target(peer.port, BODY, headers=peer.headers)
-            first_answer(target.port, target.headers, BODY)
+            first_answer(target)
         except (peers.PeerError, load.LoadError, OSError) as error:
-            failures[name] = f"{error}"
-            continue
-        contenders.append(Contender(peer.name, target, _cpu_of(peer.name, peer.process)))
-    contenders.append(Contender("no-op upstream itself", Target(port, BODY), _cpu_of("upstream", upstream)))
-    return failures
+            failures[name] = str(error)
+            report.say(f"    {name}: {error}")
+        else:
+            contenders.append(_contender(peer.name, target, peer.process.pid))
+    return [*contenders, _contender("no-op upstream itself", Target(port, BODY), upstream.pid)]
 
 
-def _cpu_of(name: str, process: "subprocess.Popen[bytes]") -> Cpu:
-    return lambda: {name: stack.cpu_s(process.pid)}
+def _contender(name: str, target: Target, pid: int) -> Contender:
+    return Contender(name, target, lambda: {name: stack.cpu_s(pid)})
 
 
-def _measure(contender: Contender, seconds: float) -> None:
-    if contender.failure is not None:
-        return
+def _measure(one: Contender, seconds: float, failures: dict[str, str] | None) -> None:
+    """One repeat. A failure of ours ends the benchmark, a peer's is noted in `failures`."""
     try:
         for concurrency in CONCURRENCIES:
-            _count(contender, f"{concurrency}", lambda n=concurrency: load.closed_loop(  # type: ignore[misc]
-                contender.target, concurrency=n, seconds=seconds))  # fmt: skip
-        _count(contender, "open", lambda: load.open_loop(contender.target, rate=RATE, seconds=seconds * 1.6))
+            one.closed_loop(concurrency, seconds)
+        one.open_loop(RATE, seconds * 1.6)
     except (load.LoadError, OSError) as error:
-        if contender.name.startswith("switchyard"):
+        if failures is None:
             raise
-        contender.failure = str(error).splitlines()[0][:160]
-
-
-def _count(contender: Contender, kind: str, run: Callable[[], Result]) -> None:
-    """Run, and charge the CPU time that passed to the requests answered in it."""
-    cpu, began = contender.cpu(), time.perf_counter()
-    result = run()
-    elapsed = time.perf_counter() - began
-    used = {name: seconds - cpu[name] for name, seconds in contender.cpu().items()}
-    # The warm-up's answers are not in the result, but their CPU time is: scale to the whole run.
-    answered = result.rate * elapsed
-    contender.results.setdefault(kind, []).append(result)
-    contender.cpu_ms.setdefault(kind, []).append({name: 1000 * spent / answered for name, spent in used.items()})
-    report.say(
-        f"    {kind}: {result.rate:,.0f}/s, p50 {result.latency_ms(0.5):.1f} ms, p99 {result.latency_ms(0.99):.1f} ms, "
-        f"client {result.busy:.0%} of a core"
-    )
+        failures[one.name] = str(error)
+        report.say(f"    {error}")
 
 
 def _summary(contenders: list[Contender], failures: Mapping[str, str], repeats: int) -> report.Table:
-    columns = ["", *[f"req/s, {n} callers" for n in CONCURRENCIES], "p50 ms", "p99 ms", "CPU ms/req"]
-    rows: list[tuple[report.Cell, ...]] = []
-    for one in contenders:
-        if one.failure is not None:
-            rows.append((one.name, f"failed: {one.failure}", *[None] * 4))
-            continue
-        opened = one.results["open"]
-        rates = [report.spread([result.rate for result in one.results[str(n)]]) for n in CONCURRENCIES]
-        rows.append((
-            one.name, *rates,
-            report.spread([result.latency_ms(0.5) for result in opened], 1),
-            report.spread([result.latency_ms(0.99) for result in opened], 1),
-            report.median([sum(spent.values()) for spent in one.cpu_ms[str(CONCURRENCIES[0])]]),
-        ))  # fmt: skip
-    rows += [(name, f"not measured: {why[:160]}", *[None] * 4) for name, why in failures.items()]
-    busiest = max(result.busy for one in contenders for result in one.results.get("open", []))
+    measured = [one for one in contenders if one.name not in failures]
+    rows: list[tuple[report.Cell, ...]] = [
+        (
+            one.name,
+            *[report.spread(one.rates(kind)) for kind in _CLOSED],
+            report.spread(one.latencies_ms(_OPEN, 0.5), 1),
+            report.spread(one.latencies_ms(_OPEN, 0.99), 1),
+            report.spread(one.total_cpu_ms(_CLOSED[0]), 2),
+        )
+        for one in measured
+    ]
+    rows += [(name, *[None] * 5) for name in failures]
+    busiest = max(result.busy for one in measured for result in one.results[_OPEN])
+    columns = ("", *[f"req/s, {kind}" for kind in _CLOSED], f"p50 ms at {_OPEN}", f"p99 ms at {_OPEN}", "CPU ms/req")
     notes = (
-        f"median (lowest–highest) of {repeats}, in turns; latency at {RATE:g} requests/s from when each was due",
-        f"CPU ms/req at {CONCURRENCIES[0]} callers, every process of the contender; the open loop's client used at most "
-        f"{busiest:.0%} of a core",
+        *[f"{name} was not measured: {' '.join(why.split())[:300]}" for name, why in failures.items()],
+        f"median (lowest–highest) of {repeats}, in turns; latency counts from when a request was due",
+        f"CPU of all its processes, {_CLOSED[0]}; at {_OPEN} the client used up to {busiest:.0%} of a core",
         AIM,
     )
-    return report.Table("Echo backend, 0 ms: what the gateway costs", tuple(columns), rows, notes)
+    return report.Table("Echo backend, 0 ms: what the gateway costs", columns, rows, notes)
 
 
 def _cpu_table(own: Contender) -> report.Table:
-    kinds = {f"{n} callers": str(n) for n in CONCURRENCIES} | {f"{RATE:g}/s": "open"}
-    names = list(own.cpu_ms["open"][0])
+    kinds = [*_CLOSED, _OPEN]
     rows: list[tuple[report.Cell, ...]] = [
-        (name, *[report.median([spent[name] for spent in own.cpu_ms[kind]]) for kind in kinds.values()]) for name in names
+        (name, *[report.median(own.cpu_ms_of(kind, name)) for kind in kinds]) for name in own.cpu_ms[_OPEN][0]
     ]
-    totals = [report.median([sum(spent.values()) for spent in own.cpu_ms[kind]]) for kind in kinds.values()]
-    return report.Table("Switchyard, CPU milliseconds a job by process", ("", *kinds), [*rows, ("total", *totals)])
+    rows.append(("all", *[report.median(own.total_cpu_ms(kind)) for kind in kinds]))
+    return report.Table("Switchyard, CPU milliseconds a job by process", ("", *kinds), rows)
 
 
 if __name__ == "__main__":

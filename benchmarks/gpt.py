@@ -19,7 +19,6 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -216,8 +215,9 @@ async def _serve(args: argparse.Namespace) -> AsyncIterator[Peer]:
     flags += ["--cb-num-blocks", "512", "--cb-block-size", "32", "--cb-max-batch-tokens", "512"]
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(args.folder)]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), *flags],
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            *("--host", "127.0.0.1", "--port", str(port), *flags),
             env={**os.environ, "OMP_NUM_THREADS": str(args.num_threads), "HF_HUB_OFFLINE": "1"},
             stdout=log,
             stderr=log,
@@ -228,13 +228,13 @@ async def _serve(args: argparse.Namespace) -> AsyncIterator[Peer]:
                 yield Peer("serve", lambda prompts: _ask(client, args.folder, prompts), _cpu_of(process.pid))
         finally:
             process.terminate()
-            process.wait(30)
+            await asyncio.wait_for(process.wait(), 30)
 
 
-async def _until_ready(client: httpx.AsyncClient, process: subprocess.Popen[bytes]) -> None:
+async def _until_ready(client: httpx.AsyncClient, process: asyncio.subprocess.Process) -> None:
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
-        if process.poll() is not None:
+        if process.returncode is not None:
             raise RuntimeError(f"transformers serve ended with status {process.returncode}")
         with contextlib.suppress(httpx.TransportError):
             if (await client.get("/health")).is_success:

@@ -10,6 +10,7 @@ stalls is charged for everybody who had to wait.
 """
 
 import math
+import re
 import select
 import socket
 import time
@@ -39,8 +40,8 @@ class Target:
     headers: Mapping[str, str] = field(default_factory=dict)
     expected: bytes = b""
     """In lower case: what the head of every answer must contain."""
-    first: bytes = b""
-    """Of a stream: the bytes after which an answer's first token is there."""
+    first: "re.Pattern[bytes] | None" = None
+    """Of a stream: what an answer contains from its first token on."""
 
     def request(self, number: int) -> bytes:
         """One whole request."""
@@ -110,6 +111,8 @@ def closed_loop(target: Target, *, concurrency: int, seconds: float, warmup_s: f
         assert cpu is not None
         busy = (time.process_time() - cpu) / (_clock() - begin)
         pool.drain()
+    if not result.latencies:
+        raise LoadError(f"not one answer in {seconds:g} s with {concurrency} callers")
     return Result(seconds, result.latencies, result.first_latencies, busy)
 
 
@@ -260,7 +263,8 @@ class _Pool:
     def _receive(self, connection: _Connection, data: bytes) -> bool:
         """Whether the answer is whole with `data`."""
         buffer = connection.buffer = connection.buffer + data if connection.buffer else data
-        if self._target.first and not connection.first_at and self._target.first in buffer:
+        first = self._target.first
+        if first is not None and not connection.first_at and first.search(buffer):
             connection.first_at = _clock()
         if connection.length is None:
             end = buffer.find(b"\r\n\r\n")

@@ -65,7 +65,7 @@ def litellm(folder: Path, upstream_port: int) -> Iterator[Peer]:
     if not (home / "bin" / "litellm").exists():
         _run([sys.executable, "-m", "venv", str(home)])
         _run([str(home / "bin" / "pip"), "install", "--quiet", _LITELLM])
-    version = _version([str(home / "bin" / "python"), "-c", "import importlib.metadata as m; print(m.version('litellm'))"])
+    version = _installed_version(home / "bin" / "python", "litellm")
     upstream = {"model": "openai/echo", "api_base": f"http://127.0.0.1:{upstream_port}/v1", "api_key": "none"}
     config = {
         "model_list": [{"model_name": "echo", "litellm_params": upstream}],
@@ -95,7 +95,8 @@ def portkey(folder: Path, upstream_port: int) -> Iterator[Peer]:
     preload = home / "loopback.cjs"
     preload.write_text(_LOOPBACK_ONLY)
     port = servers.free_port(None)
-    argv = ["node", "--require", str(preload), str(package / "build" / "start-server.js"), f"--port={port}", "--headless"]
+    server = package / "build" / "start-server.js"
+    argv = ["node", "--require", str(preload), str(server), f"--port={port}", "--headless"]
     headers = {
         "authorization": f"Bearer {_KEY}",
         "x-portkey-provider": "openai",
@@ -161,5 +162,6 @@ def _run(argv: list[str]) -> None:
         raise PeerError(f"{Path(argv[0]).name} failed: {lines[-1][:200]}")
 
 
-def _version(argv: list[str]) -> str:
+def _installed_version(python: Path, package: str) -> str:
+    argv = [str(python), "-c", f"import importlib.metadata as m; print(m.version({package!r}))"]
     return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout.strip()

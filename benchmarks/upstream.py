@@ -6,6 +6,7 @@ It stands behind the gateways that Switchyard is compared with: what is measured
 import argparse
 import asyncio
 from pathlib import Path
+from typing import cast
 
 import uvloop
 
@@ -19,8 +20,8 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        # uvloop's transports have the interface without the base class.
+        self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
         assert self._transport is not None

@@ -21,6 +21,8 @@ from db.session import Connection, Cursor
 
 log = structlog.get_logger()
 
+_LINGER_S = 0.001
+
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
@@ -70,8 +72,12 @@ class Lane(Generic[Item, Answer]):
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
+        is_busy = False
         while (first := self._items.get()) is not None:
             batch = [first]
+            if is_busy:
+                # Under load a moment's wait halves the statements, and with them Postgres's share of the CPU.
+                time.sleep(_LINGER_S)
             is_closing = False
             while len(batch) < self._max_batch:
                 try:
@@ -82,6 +88,7 @@ class Lane(Generic[Item, Answer]):
                     is_closing = True
                     break
                 batch.append(entry)
+            is_busy = len(batch) > 1
             outcomes = self._outcomes([item for item, _ in batch])
             self._deliver(list(zip([future for _, future in batch], outcomes, strict=True)))
             if is_closing:

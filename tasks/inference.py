@@ -63,7 +63,7 @@ class Run:
 async def run(worker: "Worker", job_id: uuid.UUID, version: int) -> None:
     """Everything one message causes. Raises nothing: each way it can end is recorded in the ledger."""
     if version != VERSION:
-        metrics.DROPPED_MESSAGES.labels("unknown_version").inc()
+        metrics.child(metrics.DROPPED_MESSAGES, "unknown_version").inc()
         log.error("message.unknown_version", job_id=str(job_id), version=version)
         return
     if worker.is_leaving:
@@ -74,10 +74,10 @@ async def run(worker: "Worker", job_id: uuid.UUID, version: int) -> None:
         log.error("job.claim_failed", job_id=str(job_id))
         return
     if claimed is None:
-        metrics.DROPPED_MESSAGES.labels("not_queued").inc()
+        metrics.child(metrics.DROPPED_MESSAGES, "not_queued").inc()
         return
     log.info("job.claimed", job_id=str(job_id), attempt=claimed.attempt, queue_ms=round(claimed.queue_ms, 1))
-    metrics.QUEUE_SECONDS.labels(claimed.backend).observe(claimed.queue_ms / 1000)
+    metrics.child(metrics.QUEUE_SECONDS, claimed.backend).observe(claimed.queue_ms / 1000)
     started = time.monotonic()
     try:
         call = Call.decode(claimed.payload)
@@ -250,16 +250,16 @@ async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
         )
     )
     if not is_stored:
-        metrics.FENCED_WRITES.labels(job.backend).inc()
+        metrics.child(metrics.FENCED_WRITES, job.backend).inc()
         log.warning("job.fenced", job_id=str(job.id), attempt=job.attempt)
         return
     worker.announce(job.id, JobStatus.SUCCEEDED, attempt.writer)
     worker.service.observe(attempt.model.name, run_s, ttft_s, usage.get("completion_tokens", 0))
-    metrics.JOBS.labels(job.backend, attempt.model.name, JobStatus.SUCCEEDED).inc()
-    metrics.RUN_SECONDS.labels(job.backend, attempt.model.name).observe(run_s)
-    metrics.TTFT_SECONDS.labels(job.backend, attempt.model.name).observe(job.queue_ms / 1000 + ttft_s)
-    metrics.TOKENS.labels(job.backend, attempt.model.name, "prompt").inc(usage["prompt_tokens"])
-    metrics.TOKENS.labels(job.backend, attempt.model.name, "completion").inc(usage.get("completion_tokens", 0))
+    metrics.child(metrics.JOBS, job.backend, attempt.model.name, JobStatus.SUCCEEDED).inc()
+    metrics.child(metrics.RUN_SECONDS, job.backend, attempt.model.name).observe(run_s)
+    metrics.child(metrics.TTFT_SECONDS, job.backend, attempt.model.name).observe(job.queue_ms / 1000 + ttft_s)
+    metrics.child(metrics.TOKENS, job.backend, attempt.model.name, "prompt").inc(usage["prompt_tokens"])
+    metrics.child(metrics.TOKENS, job.backend, attempt.model.name, "completion").inc(usage.get("completion_tokens", 0))
     log.info("job.finished", job_id=str(job.id), attempt=job.attempt, run_ms=round(run_s * 1000, 1),
              ttft_ms=round(ttft_s * 1000, 1), completion_tokens=usage.get("completion_tokens"))  # fmt: skip
 
@@ -268,7 +268,7 @@ async def _end(worker: "Worker", job: Claimed, code: str, message: str, *, is_re
                writer: stream.Writer | None = None) -> None:  # fmt: skip
     """Record an attempt that failed; queue the job again where another attempt may help."""
     state = await worker.end(job, code, message, is_retryable=is_retryable)
-    metrics.ATTEMPTS_FAILED.labels(job.backend, code).inc()
+    metrics.child(metrics.ATTEMPTS_FAILED, job.backend, code).inc()
     log.warning("job.attempt_failed", job_id=str(job.id), attempt=job.attempt, code=code, state=state)
     if state is JobStatus.QUEUED:
         enqueue(worker.outbox, [(job.id, job.backend, job.task)])

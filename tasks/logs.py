@@ -3,6 +3,7 @@
 import logging
 import sys
 
+import orjson
 import structlog
 
 import settings
@@ -20,10 +21,13 @@ def configure(process: str) -> None:
     is_json = config.log_format == "json"
     renderer = structlog.processors.JSONRenderer() if is_json else structlog.dev.ConsoleRenderer(colors=False)
     final: list[structlog.typing.Processor] = [structlog.processors.format_exc_info] if is_json else []
+    # A line per turn of each job's life adds up: orjson and a bytes logger halve what one costs.
+    own = structlog.processors.JSONRenderer(serializer=orjson.dumps) if is_json else renderer
+    factory = structlog.BytesLoggerFactory(sys.stdout.buffer) if is_json else structlog.WriteLoggerFactory(sys.stdout)
     structlog.configure(
-        processors=[*shared, *final, renderer],
+        processors=[*shared, *final, own],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
+        logger_factory=factory,
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stdout)

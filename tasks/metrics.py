@@ -4,9 +4,14 @@ Processes of one host share their values through PROMETHEUS_MULTIPROC_DIR, and a
 shows the sum. Without it a process serves its own on SWITCHYARD_METRICS_PORT.
 """
 
+import functools
+from typing import TypeVar
+
 from prometheus_client import Counter, Histogram, start_http_server
 
 import settings
+
+_Metric = TypeVar("_Metric", Counter, Histogram)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -32,6 +37,12 @@ TTFT_SECONDS = Histogram(
 )  # fmt: skip
 TOKENS = Counter("switchyard_tokens_total", "Tokens, by direction.", ["backend", "model", "direction"])
 RECONCILER_ACTIONS = Counter("switchyard_reconciler_actions_total", "What the reconciler did.", ["action"])
+
+
+@functools.cache
+def child(metric: _Metric, *labels: str) -> _Metric:
+    """`metric.labels(...)`, remembered: the look-up costs four times the increment."""
+    return metric.labels(*labels)
 
 
 def serve() -> None:

@@ -5,8 +5,7 @@ which it is expected to finish the call; the lowest score wins. The whole Decisi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from backends.base import Capabilities
 from backends.registry import backend_class
@@ -70,9 +69,6 @@ class Decision:
     chosen: Candidate | None
     reason: str
     candidates: tuple[Candidate, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def models_for(catalog: Catalog, call: Call) -> list[ModelSpec]:

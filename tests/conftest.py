@@ -18,10 +18,12 @@ ECHO = """
 backends:
   echo: {runtime: echo, concurrency: 64, max_queued: 500}
   spare: {runtime: echo, concurrency: 64}
+  nobody: {runtime: echo, concurrency: 64}
 models:
   echo: {path: echo, backends: [echo], context_length: 4096}
   spare: {path: echo, backends: [spare], aliases: [other], mask: [secret, sesame]}
-  asleep: {path: echo, backends: [spare], fallback: [echo], auto: false}
+  asleep: {path: echo, backends: [nobody], fallback: [echo], auto: false}
+  away: {path: echo, backends: [nobody], auto: false}
 limits: {body_bytes: 65536, inputs: 64, n: 8}
 """
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from api import answers, auth, schemas
 from db.api_keys import ApiKey
 
-router = APIRouter(prefix="/v1", tags=["inference"])
+router = APIRouter(prefix="/v1", tags=["inference"], route_class=auth.CallerRoute)
 
 Caller = Annotated[ApiKey, Depends(auth.authenticate)]
 

@@ -109,7 +109,7 @@ def _write_sentence_modules(folder: Path, modes: list[str]) -> None:
 
 def _backend(models: dict[str, Path], file: Path, **options: Any) -> BERTBackend:
     config = {
-        "backends": {"bert": {"runtime": "bert", "options": options}},
+        "backends": {"bert": {"runtime": "bert", "options": {"num_threads": 1, **options}}},
         "models": {name: {"path": str(path), "backends": ["bert"]} for name, path in models.items()},
     }
     file.write_text(yaml.safe_dump(config))

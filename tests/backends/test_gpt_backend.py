@@ -589,6 +589,7 @@ def test_top_p_reaches_past_its_shortlist() -> None:
     size = int((shares.cumsum(-1) - shares < 0.5).sum())
     drawn = _drawn(logits, SamplingParams(max_tokens=1, top_p=0.5), 3000)
     assert 900 < max(drawn) < size
+    assert 256 < max(_drawn(logits, SamplingParams(max_tokens=1, top_k=300), 3000)) < 300
     mixed = [
         *_samplers(SamplingParams(max_tokens=1, top_p=0.5), 50),
         *_samplers(SamplingParams(max_tokens=1, top_k=2), 50),

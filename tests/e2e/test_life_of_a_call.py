@@ -53,7 +53,7 @@ def test_the_openai_client_works_unchanged(stack: Stack) -> None:
         vectors = client.embeddings.create(model="echo", input=["a", "b"])
         assert len(vectors.data) == 2
         assert len(vectors.data[0].embedding) == 16
-        assert {model.id for model in client.models.list()} == {"echo", "spare", "asleep"}
+        assert {model.id for model in client.models.list()} == {"echo", "spare", "asleep", "away"}
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model="no-such-model", messages=[{"role": "user", "content": "x"}])
     with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="sk-sy-wrong") as stranger:
@@ -111,7 +111,7 @@ def test_a_request_that_needs_a_sleeping_model_falls_back_and_says_so(stack: Sta
 
 def test_a_model_without_a_worker_is_a_503_with_retry_after(stack: Stack) -> None:
     with stack.client() as client:
-        response = client.post("/v1/chat/completions", json=chat("x", model="spare"))
+        response = client.post("/v1/chat/completions", json=chat("x", model="away"))
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "model_unavailable"
     assert int(response.headers["retry-after"]) >= 1

@@ -53,8 +53,9 @@ from catalog import BackendSpec, CatalogError, ModelSpec
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from vllm import AsyncEngineArgs, RequestOutput
+    from vllm import RequestOutput
     from vllm import SamplingParams as EngineParams
+    from vllm.config import VllmConfig
     from vllm.inputs import TokensInput
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -194,7 +195,8 @@ async def _start_engine(spec: BackendSpec, model: ModelSpec) -> _Engine:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     before = set(multiprocessing.active_children())
-    llm = AsyncLLM.from_engine_args(_engine_args(spec, model))
+    config = _engine_config(spec, model)
+    llm = AsyncLLM.from_vllm_config(config, disable_log_stats=spec.options.get("disable_log_stats", True))
     try:
         # vLLM asks its engine once and remembers; asked here, no call pays for it.
         await llm.get_supported_tasks()
@@ -207,24 +209,32 @@ async def _start_engine(spec: BackendSpec, model: ModelSpec) -> _Engine:
     return _Engine(llm, tokenizer, eos_token_ids, model.context_length, processes)
 
 
-def _engine_args(spec: BackendSpec, model: ModelSpec) -> "AsyncEngineArgs":
+def _engine_config(spec: BackendSpec, model: ModelSpec) -> "VllmConfig":
+    """Starts nothing. Raises CatalogError with vLLM's own words for an option or a model it does not take."""
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
 
-    options: dict[str, Any] = {"disable_log_stats": True, "max_logprobs": _MAX_LOGPROBS}
-    options |= {name: value for name, value in spec.options.items() if name in _ENGINE_OPTIONS}
+    options: dict[str, Any] = {name: value for name, value in spec.options.items() if name in _ENGINE_OPTIONS}
     kv_cache_gib = spec.options.get("kv_cache_memory_gib")
     if current_platform.is_cpu():
         _share_the_processors(spec.options.get("omp_threads_bind", "nobind"))
         options.setdefault("enforce_eager", True)
         if kv_cache_gib is None and "gpu_memory_utilization" not in options:
             kv_cache_gib = _CPU_KV_CACHE_GIB
-    if kv_cache_gib is not None:
-        options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
     try:
-        return AsyncEngineArgs(model=model.path, max_model_len=model.context_length, **options)
+        if kv_cache_gib is not None:
+            options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+        return AsyncEngineArgs(
+            model=model.path,
+            served_model_name=model.name,
+            max_model_len=model.context_length,
+            max_logprobs=_MAX_LOGPROBS,
+            **options,
+        ).create_engine_config(UsageContext.ENGINE_CONTEXT)
     except (TypeError, ValueError) as error:
-        raise CatalogError(f"backends.{spec.name}.options: {str(error).splitlines()[0]}") from error
+        reason = " ".join(str(error).split())
+        raise CatalogError(f"backends.{spec.name}.options, model {model.name}: {reason}") from error
 
 
 def _set_environment() -> None:

@@ -61,7 +61,7 @@ class Contender:
 
 def first_answer(target: Target) -> bytes:
     """The body of one answer to request number 0. Raises LoadError where it is not 200."""
-    connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=60.0)
+    connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=load.PATIENCE_S)
     try:
         body = target.body.replace("{number}", "0" * 12)
         connection.request("POST", target.path, body, {"content-type": "application/json", **target.headers})

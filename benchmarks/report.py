@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -70,7 +71,9 @@ def parser(name: str, about: str | None) -> argparse.ArgumentParser:
 
 
 def start(name: str) -> Report:
-    """A report that says what it was measured on."""
+    """A report that says what it was measured on. From here on SIGTERM ends the process as an exception would,
+    so that what the benchmark has started is stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return Report(name, machine())
 
 

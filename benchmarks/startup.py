@@ -51,7 +51,7 @@ def main() -> None:
     repeats = 1 if args.quick else args.repeats
     with _home() as home:
         env = _environment(home, args.config)
-        times = []
+        times: list[float] = []
         memory: list[Memory] = []
         for index in range(repeats + 1):
             report.say(f"{'first' if index == 0 else 'warm'} start")

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,7 +28,7 @@ from local import servers
 
 MODEL = "smollm2-135m-instruct"
 CONTEXT = 2048
-OPTIONS = {"dtype": "bfloat16", "max_num_seqs": 32, "kv_cache_memory_gib": 1, "enforce_eager": True}
+OPTIONS: Mapping[str, Any] = {"dtype": "bfloat16", "max_num_seqs": 32, "kv_cache_memory_gib": 1, "enforce_eager": True}
 """What switchyard.yaml gives the backend; enforce_eager is the backend's default on a CPU."""
 TOKENS = 64
 CONCURRENCIES = (1, 16, 32)
@@ -100,7 +101,7 @@ def _run(side: Side, idle: Side, concurrency: int, requests: int, start: int) ->
 def _own(exits: contextlib.ExitStack) -> Side:
     report.say("starting Switchyard with a vLLM worker")
     config = {
-        "backends": {"vllm": {"runtime": "vllm", "concurrency": 64, "options": OPTIONS}},
+        "backends": {"vllm": {"runtime": "vllm", "concurrency": 64, "options": dict(OPTIONS)}},
         "models": {MODEL: {"path": MODEL, "backends": ["vllm"], "context_length": CONTEXT}},
     }
     running = exits.enter_context(stack.running(yaml.safe_dump(config)))
@@ -117,7 +118,7 @@ def _server(exits: contextlib.ExitStack) -> Side:
     argv += ["--model", str(stack.ROOT / "models" / MODEL), "--served-model-name", MODEL]
     argv += ["--dtype", str(OPTIONS["dtype"]), "--max-model-len", str(CONTEXT), "--enforce-eager"]
     argv += ["--max-num-seqs", str(OPTIONS["max_num_seqs"])]
-    argv += ["--kv-cache-memory-bytes", str(int(OPTIONS["kv_cache_memory_gib"]) * 2**30)]
+    argv += ["--kv-cache-memory-bytes", str(OPTIONS["kv_cache_memory_gib"] * 2**30)]
     argv += ["--disable-log-stats", "--disable-uvicorn-access-log"]
     process = exits.enter_context(
         peers.process(argv, f"http://127.0.0.1:{port}/health", folder / "vllm.log", _ENVIRONMENT, READY_S)
@@ -128,6 +129,7 @@ def _server(exits: contextlib.ExitStack) -> Side:
 _ENVIRONMENT: Mapping[str, str] = {
     # What backends/vllm_backend.py sets for its engine.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_WAIT_POLICY": "passive",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -177,7 +179,7 @@ def _table(ours: Side, theirs: Side, concurrencies: list[int], repeats: int) -> 
     )  # fmt: skip
     idle = max(ours.idle_share + theirs.idle_share)
     notes = (
-        f"median (lowest–highest) of {repeats}, in turns; streams of {TOKENS} tokens, greedy, {MODEL}, {OPTIONS}",
+        f"median (lowest–highest) of {repeats}, in turns; streams of {TOKENS} tokens, greedy, {MODEL}, {dict(OPTIONS)}",
         f"both loaded at once; the idle one used at most {idle:.0%} of a core",
         AIM,
     )

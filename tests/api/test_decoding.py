@@ -32,6 +32,7 @@ def code_of(body: bytes, limits: LimitsEntry = LIMITS) -> str:
     return caught.value.code
 
 
+@settings(deadline=None)
 @given(objects, st.booleans(), st.sampled_from([None, 0, 3]))
 def test_valid_json_is_read_as_json_reads_it(value: dict[str, Any], is_ascii: bool, indent: int | None) -> None:
     body = json.dumps(value, ensure_ascii=is_ascii, indent=indent).encode()
@@ -72,7 +73,7 @@ FRAGMENTS = [b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"0", b"-", b"1e40
 FRAGMENTS += [b"\\u003a", b'"a":1,', b"9223372036854775808", b"\xff", b"\x00", b"\xef\xbb\xbf", b" ", b"true", b"\n"]
 
 
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=None)
 @given(objects, st.lists(st.tuples(st.integers(0, 400), st.integers(0, 3), st.sampled_from(FRAGMENTS)), max_size=3))
 def test_damaged_json_is_judged_as_by_the_reference(value: dict[str, Any], edits: list[tuple[int, int, bytes]]) -> None:
     body = json.dumps(value).encode()
@@ -87,12 +88,14 @@ def test_damaged_json_is_judged_as_by_the_reference(value: dict[str, Any], edits
         assert decoding.decode(body, WIDE) == expected
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     with suppress(errors.InvalidRequest):
         assert isinstance(decoding.decode(body, LIMITS), dict)
 
 
+@settings(deadline=None)
 @given(objects, texts, st.integers(0, 5), st.booleans())
 def test_a_repeated_key_is_found_at_any_depth(around: dict[str, Any], key: str, depth: int, is_escaped: bool) -> None:
     again = '"' + "".join(f"\\u{unit:04x}" for unit in utf16(key)) + '"' if is_escaped else json.dumps(key)
@@ -227,10 +230,10 @@ def test_depth_limit(depth: int, fits: bool) -> None:
     ids=range(9),
 )
 def test_a_megabyte_of_malice_is_judged_at_once(body: bytes) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with suppress(errors.InvalidRequest):
         decoding.decode(body, WIDE)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def request(pieces: list[bytes], **headers: str) -> Request:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api import decoding, errors, schemas
@@ -73,6 +73,7 @@ def rewritten(value: Any, rng: random.Random) -> Any:
     return [rewritten(item, rng) for item in value] if isinstance(value, list) else value
 
 
+@settings(deadline=None)
 @given(chats, st.randoms(use_true_random=False), st.sampled_from([None, 0, 2]))
 def test_spelling_does_not_matter(body: dict[str, Any], rng: random.Random, indent: int | None) -> None:
     other = rewritten(body, rng)
@@ -94,6 +95,7 @@ def test_spelling_does_not_matter(body: dict[str, Any], rng: random.Random, inde
     assert schemas.parse(CHAT, decoding.decode(text, LIMITS), LIMITS) == schemas.parse(CHAT, body, LIMITS)
 
 
+@settings(deadline=None)
 @given(chats)
 def test_params_are_sampling_fields_that_change_something(body: dict[str, Any]) -> None:
     params = schemas.parse(CHAT, body, LIMITS).params
@@ -342,6 +344,7 @@ field_names = sorted({name for model in schemas.ENDPOINTS.values() for name in m
 known_names = field_names + sorted({name for model in schemas.ENDPOINTS.values() for name in model.no_effect})
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(MINIMAL)),
     st.dictionaries(st.sampled_from(known_names) | st.text(max_size=5), anything, max_size=3),

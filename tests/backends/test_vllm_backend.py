@@ -377,7 +377,7 @@ def test_an_unknown_option_is_named(tmp_path: Path) -> None:
 
 async def test_an_option_of_the_wrong_kind_is_refused_before_anything_starts(tmp_path: Path) -> None:
     backend = VLLMBackend(_spec(tmp_path, dtype="float13"))
-    with pytest.raises(catalog.CatalogError, match=r"^backends\.vllm\.options: .*float13"):
+    with pytest.raises(catalog.CatalogError, match=r"^backends\.vllm\.options, model smol: .*float13"):
         await backend.start()
     assert multiprocessing.active_children() == []
 

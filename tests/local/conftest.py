@@ -4,6 +4,7 @@ The stack starts processes by name (`python -m api.server`), so a folder with su
 to run it for real: real supervisor, real Postgres and Valkey, real signals.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -89,7 +90,7 @@ class Project:
             env=self.environment() | env,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=100,
             check=False,
         )
 
@@ -105,6 +106,21 @@ class Project:
 
 @pytest.fixture
 def project() -> Iterator[Project]:
+    with made_project() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Project]:
+    """A project that is up, shared by tests that leave it up."""
+    with made_project() as made:
+        up = made.run("up")
+        assert up.returncode == 0, up.stdout + up.stderr
+        yield made
+
+
+@contextlib.contextmanager
+def made_project() -> Iterator[Project]:
     """A project that is stopped and removed afterwards. Not under `tmp_path`: Postgres must reach it."""
     folder = Path(tempfile.mkdtemp(prefix="switchyard-test-"))
     folder.chmod(0o755)
@@ -115,17 +131,19 @@ def project() -> Iterator[Project]:
         file.parent.mkdir(exist_ok=True)
         file.write_text("\n".join(line[indent:] for line in lines) + "\n")
     made = Project(folder, servers.free_port(None))
-    yield made
-    made.run("down")
-    shutil.rmtree(folder)
+    try:
+        yield made
+    finally:
+        made.run("down")
+        shutil.rmtree(folder)
 
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], object]], None]:
-    """Wait for a condition, at most 20 seconds."""
+    """Wait for a condition, at most a minute."""
 
     def wait(condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline, "condition never held"
             time.sleep(0.01)

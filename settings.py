@@ -19,9 +19,7 @@ class Settings(BaseSettings):
     config: Path = Field(Path("switchyard.yaml"), description="The file that declares models, backends and limits.")
     home: Path = Field(Path(".switchyard"), description="Data, logs and sockets of the one-machine stack.")
     models_dir: Path = Field(Path("models"), description="Folder that relative model paths start from.")
-    database_url: str = Field(
-        "", description="postgresql:// URL. Empty: the embedded Postgres under SWITCHYARD_HOME."
-    )
+    database_url: str = Field("", description="postgresql:// URL. Empty: the embedded Postgres under SWITCHYARD_HOME.")
     redis_url: str = Field("", description="redis:// URL. Empty: the embedded Valkey under SWITCHYARD_HOME.")
     host: str = Field("127.0.0.1", description="Address the gateway listens on.")
     port: int = Field(8080, description="Port the gateway listens on.")

@@ -55,7 +55,9 @@ def main() -> None:
 
 @app.command()
 def up(
-    foreground: Annotated[bool, typer.Option("--foreground", help="Show the logs; stop everything at the end.")] = False,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Show the logs; stop everything at the end.")
+    ] = False,
 ) -> None:
     """Start everything on this machine and wait until every model answers."""
     stack.up(detach=not foreground)
@@ -106,7 +108,9 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
-def bench(names: Annotated[list[str] | None, typer.Argument(help="echo, cache, vllm, gpt, bert, startup")] = None) -> None:
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="echo, cache, vllm, gpt, bert, startup")] = None,
+) -> None:
     """Run the benchmarks, each beside its peer."""
     raise SystemExit(subprocess.run([sys.executable, "-m", "benchmarks", *(names or [])], check=False).returncode)
 
@@ -129,7 +133,9 @@ def create_key(
     if as_json:
         print(json.dumps({"id": str(key.id), "key": secret, "name": name, "tenant": tenant}))
     else:
-        console.print(f"{secret}\n\nKeep it now: it cannot be shown again. Revoke it with `switchyard keys revoke {key.prefix}`.")
+        console.print(
+            f"{secret}\n\nKeep it now: it cannot be shown again. Revoke it with `switchyard keys revoke {key.prefix}`."
+        )
 
 
 @keys_app.command("list")

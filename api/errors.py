@@ -5,8 +5,6 @@ anywhere between the request and the answer; `install` renders it. Messages are 
 of the request ever appears in one.
 """
 
-# ruff: noqa: N818  (the names say what happened; `errors.QueueFull` reads well at every use)
-
 import math
 import sys
 from collections.abc import Mapping

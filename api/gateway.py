@@ -6,7 +6,6 @@ line on the job is the ledger's; a waiter or a stream only watches it.
 
 import asyncio
 import contextlib
-import datetime
 import hashlib
 import os
 import time
@@ -305,7 +304,9 @@ class Gateway:
     def _count_queued(self, backend: str, tokens: int) -> None:
         """Between two surveys the queue is at least as deep as what this process added."""
         load = self.loads.get(backend, Load())
-        depth = replace(load.depth, num_queued=load.depth.num_queued + 1, queued_tokens=load.depth.queued_tokens + tokens)
+        depth = replace(
+            load.depth, num_queued=load.depth.num_queued + 1, queued_tokens=load.depth.queued_tokens + tokens
+        )
         self.loads[backend] = replace(load, depth=depth)
 
     async def _outcome(self, job_id: uuid.UUID) -> Outcome | None:
@@ -330,7 +331,9 @@ class Gateway:
             with contextlib.suppress(LaneDown):
                 lives, depths = await self._surveys.submit(None)
                 self.loads = {
-                    name: Load(tuple(life for life in lives if life.backend == name), depths.get(name, Depth(0, 0, 0, 0.0)))
+                    name: Load(
+                        tuple(life for life in lives if life.backend == name), depths.get(name, Depth(0, 0, 0, 0.0))
+                    )
                     for name in self.catalog.backends
                 }
                 self.surveyed_at = time.monotonic()
@@ -398,5 +401,3 @@ def _refusal(decision: Decision, refusals: dict[str, errors.APIError]) -> errors
     if (candidate := dropped.get("unsupported_parameter")) is not None:
         return errors.UnsupportedParameter(f"This model does not support {candidate.param}.", param=candidate.param)
     return errors.ModelNotFound("The model exists, but does not do this task.", param="model")
-
-

@@ -25,7 +25,7 @@ ERRORS = Counter("switchyard_errors_total", "Requests refused or failed, by erro
 CACHE = Counter("switchyard_cache_total", "Cache verdicts: HIT, MISS or BYPASS, and why.", ["verdict", "reason"])
 
 
-class _Queues(Collector):
+class _Queues(Collector):  # type: ignore[misc]
     def __init__(self, loads: Mapping[str, Load]) -> None:
         self._loads = loads
 
@@ -49,13 +49,15 @@ def page(loads: Mapping[str, Load]) -> bytes:
     """Prometheus's text format: all processes of this host where they share a folder, else this one."""
     registry = CollectorRegistry()
     if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        MultiProcessCollector(registry)
     else:
         registry.register(_Registry())
     registry.register(_Queues(loads))
-    return generate_latest(registry)
+    text: bytes = generate_latest(registry)
+    return text
 
 
-class _Registry(Collector):
+class _Registry(Collector):  # type: ignore[misc]
     def collect(self) -> Iterable[Metric]:
-        return REGISTRY.collect()
+        found: Iterable[Metric] = REGISTRY.collect()
+        return found

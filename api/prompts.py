@@ -109,7 +109,7 @@ class ByteTokenizer:
 
     vocab_size = 256
 
-    def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:  # noqa: ARG002
+    def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
     def encode_pairs(self, query: str, documents: list[str]) -> tuple[list[list[int]], list[list[int]]]:
@@ -117,7 +117,7 @@ class ByteTokenizer:
         first = len(query.encode())
         return ids, [[0] * first + [1] * (len(pair) - first) for pair in ids]
 
-    def render(self, messages: _Chat, add_generation_prompt: bool = True) -> list[str]:  # noqa: ARG002
+    def render(self, messages: _Chat, add_generation_prompt: bool = True) -> list[str]:
         return ["".join(f"{message['role']}: {message['content']}\n" for message in messages)]
 
     def decode(self, tokens: list[int]) -> str:

@@ -14,7 +14,17 @@ import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from backends.base import Backend, BackendDead, BackendError, Capabilities, Chunk, EncodeCall, GenerateCall, InvalidCall
+from backends.base import (
+    Backend,
+    BackendDead,
+    BackendError,
+    Capabilities,
+    Chunk,
+    EncodeCall,
+    FinishReason,
+    GenerateCall,
+    InvalidCall,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +54,7 @@ class EchoBackend(Backend):
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[Chunk]:
         tokens = self._tokens(call)
-        reason = "length" if len(tokens) >= call.params.max_tokens else "stop"
+        reason: FinishReason = "length" if len(tokens) >= call.params.max_tokens else "stop"
         tokens = tokens[: call.params.max_tokens]
         fails_at = int(call.options.get("fail_after", 0)) if call.options.get("fail") else -1
         await _sleep_ms(call.options.get("first_token_ms", 0))

@@ -72,11 +72,13 @@ class GPTBackend(Backend):
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[None] = loop.create_future()
 
-        def on_loaded(error: BaseException | None) -> None:
+        def finish(error: BaseException | None) -> None:
+            if loaded.done():  # whoever awaited the start has given up
+                return
             if error is None:
-                loop.call_soon_threadsafe(loaded.set_result, None)
+                loaded.set_result(None)
             else:
-                loop.call_soon_threadsafe(loaded.set_exception, error)
+                loaded.set_exception(error)
 
         def deliver(deltas: "list[tuple[Sequence, Delta]]") -> None:
             # A closed loop has no callers left to tell.
@@ -84,7 +86,7 @@ class GPTBackend(Backend):
                 loop.call_soon_threadsafe(_deliver, deltas)
 
         self._engine = Engine(deliver)
-        self._engine.start(self._load, on_loaded)
+        self._engine.start(self._load, lambda error: loop.call_soon_threadsafe(finish, error))
         await loaded
 
     async def stop(self) -> None:
@@ -102,11 +104,14 @@ class GPTBackend(Backend):
         return self._models[model].batch.running
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[Chunk]:
+        if self._engine is None:
+            raise BackendError(f"{self.spec.name} has not been started")
+        self._engine.check()
         model = self._models.get(call.model)
-        if model is None or self._engine is None:
+        if model is None:
             raise InvalidCall(f"{self.spec.name} does not hold the model {call.model!r}")
-        stops = model.stops(call)
         model.check(call)
+        stops = model.stops(call)
         text = Detokenizer(model.tokenizer, [*call.prompt_token_ids[-_CONTEXT_TOKENS:], *call.resumed_token_ids])
         limit = model.limit(call)
         if call.resumed_token_ids and call.resumed_token_ids[-1] in stops:

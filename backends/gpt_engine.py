@@ -249,11 +249,15 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
+    def check(self) -> None:
+        """BackendDead when the thread died, another BackendError when it was stopped."""
+        if self.failure is not None:
+            raise type(self.failure)(*self.failure.args)
+
     def add(self, batch: Batch, sequence: Sequence) -> None:
-        """Queue `sequence`. BackendDead or BackendError when the engine no longer runs."""
+        """Queue `sequence`. Raises as `check` does."""
         with self._lock:
-            if self.failure is not None:
-                raise type(self.failure)(*self.failure.args)
+            self.check()
             batch.add(sequence)
         self._work.set()
 

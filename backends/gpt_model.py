@@ -128,10 +128,10 @@ class SerialRunner:
     def reserve(self, length: int) -> None:
         """Nothing: the caches grow by themselves."""
 
-    def move(self, source: int, target: int, length: int) -> None:  # noqa: ARG002
+    def move(self, source: int, target: int, length: int) -> None:
         self._slots[target] = self._slots.pop(source)
 
-    def release(self, slot: int, is_spoiled: bool) -> None:  # noqa: ARG002
+    def release(self, slot: int, is_spoiled: bool) -> None:
         self._slots.pop(slot, None)
 
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:

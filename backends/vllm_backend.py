@@ -22,7 +22,6 @@ honoured; `start` sets only those that are unset.
 """
 
 import asyncio
-import gc
 import multiprocessing
 import os
 from collections import Counter
@@ -124,10 +123,11 @@ class VLLMBackend(Backend):
             self._engines[model.name] = await _start_engine(self.spec, model)
 
     async def stop(self) -> None:
-        await asyncio.gather(*(asyncio.to_thread(engine.shutdown) for engine in self._engines.values()))
+        engines = list(self._engines.values())
         self._engines.clear()
-        # An AsyncLLM that only the interpreter's exit frees complains there.
-        gc.collect()
+        for engine in engines:
+            engine.expect_the_end()
+        await asyncio.gather(*(asyncio.to_thread(engine.shutdown) for engine in engines))
 
     def check_health(self) -> None:
         for name, engine in self._engines.items():
@@ -179,10 +179,14 @@ class _Engine:
         is_full = len(call.prompt_token_ids) + len(resumed) >= self.context_length
         return "length" if is_full or len(resumed) >= params.max_tokens else None
 
+    def expect_the_end(self) -> None:
+        """On the loop, before `shutdown`: else vLLM reports the exit of its EngineCore as a failure."""
+        self.llm.engine_core.resources.engine_dead = True
+        if self.llm.output_handler is not None:
+            self.llm.output_handler.cancel()
+
     def shutdown(self) -> None:
         """Blocks until every process is gone, _STOP_S at most."""
-        # Else vLLM's monitor reports an exit that is meant.
-        self.llm.engine_core.resources.engine_dead = True
         for process in self.processes:
             if process.is_alive():
                 os.kill(cast("int", process.pid), vllm_orphans.STOP_SIGNAL)

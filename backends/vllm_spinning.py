@@ -1,10 +1,9 @@
 """Makes vLLM's processes sleep while they wait for each other, on a CPU.
 
 On a CPU the EngineCore and the process that computes hand each step over through shared memory, and
-vLLM polls it in a `sched_yield` loop: measured with vLLM 0.32 on two cores, the EngineCore burns one
-of them during generation (3.1 ms of CPU per token beside 3.9 ms of computing) that the model's own
-threads, the gateway and the databases need. Sleeping brings that to 0.1 ms at the same tokens per
-second. On a GPU nothing changes: there the cores are free and the latency of a wake-up counts.
+vLLM polls it in a `sched_yield` loop: measured with vLLM 0.32 on two cores, the EngineCore burns up to
+3 ms of CPU per token beside 4 ms of computing, which the gateway and the databases need. Sleeping
+brings that to 0.1 ms at the same tokens per second. On a GPU nothing changes: there the cores are free and the latency of a wake-up counts.
 
 vLLM calls `register` in each of its processes: it is a `vllm.general_plugins` entry point.
 """

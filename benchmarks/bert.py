@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def make_texts(count: int) -> list[str]:
     return [text() for _ in range(count)]
 
 
-async def one_text_jobs(peer: Peer, concurrency: int = 256) -> None:
+async def one_text_jobs(peer: Peer, concurrency: int) -> None:
     """Every text a job of its own, `concurrency` of them in flight, each tokenised when it is sent."""
     rest = iter(enumerate(peer.texts))
 
@@ -89,7 +90,7 @@ async def one_text_jobs(peer: Peer, concurrency: int = 256) -> None:
     await asyncio.gather(*(client() for _ in range(concurrency)))
 
 
-async def large_jobs(peer: Peer, size: int = 256) -> None:
+async def large_jobs(peer: Peer, size: int) -> None:
     """All at once: jobs of `size` texts."""
     parts = [peer.texts[start : start + size] for start in range(0, len(peer.texts), size)]
     calls = [EncodeCall(str(number), "encoder", peer.token_ids(part)) for number, part in enumerate(parts)]
@@ -127,17 +128,16 @@ async def main() -> None:
     for dtype in args.dtype:
         peer = await _start(args, dtype)
         report["tokens"] = _token_statistics(peer)
-        rows = [
-            await compare(f"{args.texts} of 1, 256 in flight", one_text_jobs, peer, args.repeats, clock),
-            await compare(f"{args.texts // 256} of 256", large_jobs, peer, args.repeats, clock),
-        ]
-        await peer.backend.stop()
-        for row in rows:
+        rows: list[Row] = []
+        for name, run in _workloads(args).items():
+            row = await compare(name, run, peer, args.repeats, clock)
+            rows.append(row)
             print(
                 f"| {dtype} | {row.workload} | {row.backend:.0f} | {row.encode:.0f} ({row.encode_batch_size}) "
                 f"| {row.ratio:.2f} | {row.forward_passes} |",
                 flush=True,
             )
+        await peer.backend.stop()
         report[dtype] = [asdict(row) for row in rows]
     print(f"tokens per text: {report['tokens']}")
     if args.json:
@@ -149,12 +149,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="all-minilm-l6-v2", help="folder, under the models folder or absolute")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--texts", type=int, default=2048)
+    parser.add_argument("--concurrency", type=int, default=256, help="one-text jobs in flight")
+    parser.add_argument("--job-size", type=int, default=256, help="texts of a large job")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num-threads", type=int, default=0)
     parser.add_argument("--max-batch-tokens", type=int, default=None)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
+
+
+def _workloads(args: argparse.Namespace) -> dict[str, Callable[[Peer], Awaitable[None]]]:
+    return {
+        f"{args.texts} of 1, {args.concurrency} in flight": partial(one_text_jobs, concurrency=args.concurrency),
+        f"{-(-args.texts // args.job_size)} of {args.job_size}": partial(large_jobs, size=args.job_size),
+    }
 
 
 async def _start(args: argparse.Namespace, dtype: str) -> Peer:

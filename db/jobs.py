@@ -291,9 +291,7 @@ def ended(cursor: Cursor, groups: Sequence[Sequence[uuid.UUID]]) -> list[list[uu
     """Of each group of ids, those whose job has ended or does not exist."""
     answers = []
     for ids in groups:
-        cursor.execute(
-            "SELECT id FROM jobs WHERE id = ANY(%s) AND status IN ('queued', 'running')", (list(ids),)
-        )
+        cursor.execute("SELECT id FROM jobs WHERE id = ANY(%s) AND status IN ('queued', 'running')", (list(ids),))
         live = {row[0] for row in cursor.fetchall()}
         answers.append([job_id for job_id in ids if job_id not in live])
     return answers
@@ -369,10 +367,8 @@ def find(cursor: Cursor, filters: Sequence[Filter]) -> list[list[View]]:
 
 
 def _page(cursor: Cursor, wanted: Filter) -> list[View]:
-    conditions = ["true"]
-    for column in ("tenant", "status", "model", "endpoint"):
-        if getattr(wanted, column) is not None:
-            conditions.append(f"{column} = %({column})s")
+    columns = [name for name in ("tenant", "status", "model", "endpoint") if getattr(wanted, name) is not None]
+    conditions = ["true", *(f"{name} = %({name})s" for name in columns)]
     if wanted.after is not None:
         conditions.append("(created_at, id) < (SELECT created_at, id FROM jobs WHERE id = %(after)s)")
     cursor.execute(

@@ -7,6 +7,7 @@ shares one fsync.
 """
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
@@ -151,8 +152,6 @@ class Lane(Generic[Item, Answer]):
 
     def _drop_connection(self) -> None:
         if self._connection is not None:
-            try:
+            with contextlib.suppress(*session.DependencyDown):
                 self._connection.close()
-            except session.DependencyDown:
-                pass
             self._connection = None

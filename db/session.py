@@ -17,7 +17,7 @@ DependencyDown = (psycopg2.OperationalError, psycopg2.InterfaceError)
 _OPTIONS = "-c statement_timeout=5000 -c lock_timeout=2000 -c idle_in_transaction_session_timeout=10000"
 _NETWORK: dict[str, Any] = {"connect_timeout": 2, "tcp_user_timeout": 10_000, "keepalives_idle": 5}
 
-psycopg2.extras.register_uuid()
+psycopg2.extras.register_uuid()  # type: ignore[no-untyped-call]
 # Lane statements read jsonb as text where they hand it on as it is.
 Connection = psycopg2.extensions.connection
 Cursor = psycopg2.extensions.cursor
@@ -27,7 +27,7 @@ def connect(url: str, application_name: str, *, is_durable: bool = True) -> Conn
     """An autocommit connection. `is_durable=False` commits without waiting for the disk: a crash of
     Postgres itself may lose its last half second, so use it only for what can be done again."""
     commit = "on" if is_durable else "off"
-    connection = psycopg2.connect(
+    connection: Connection = psycopg2.connect(
         url,
         application_name=application_name,
         options=f"{_OPTIONS} -c synchronous_commit={commit} -c plan_cache_mode=force_generic_plan -c jit=off",

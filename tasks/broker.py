@@ -28,7 +28,7 @@ def _drop(error: Exception) -> None:
     log.error("message.malformed", error=type(error).__name__)
 
 
-class Channel(redis.Channel):  # type: ignore[misc]
+class Channel(redis.Channel):
     _last_read = 0.0
 
     def _brpop_read(self, **options: Any) -> Any:
@@ -54,10 +54,10 @@ class Channel(redis.Channel):  # type: ignore[misc]
                 items = client.rpop(queue, min(free, _MOST)) or ()
             for item in items:
                 try:
-                    self.connection._deliver(json.loads(item), queue)
+                    self.connection._deliver(json.loads(item), queue)  # noqa: SLF001 - as _brpop_read does
                 except _MALFORMED as error:
                     _drop(error)
 
 
-class Transport(redis.Transport):  # type: ignore[misc]
+class Transport(redis.Transport):
     Channel = Channel

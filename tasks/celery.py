@@ -66,6 +66,7 @@ _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 @functools.cache
 def _template(task: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    made = app.amqp.as_task_v2("0", TASKS[task], args=("0", VERSION), kwargs={}, argsrepr="", kwargsrepr="")
+    made = app.amqp.as_task_v2("0", TASKS[task], args=("0", VERSION), kwargs={}, argsrepr="", kwargsrepr="",
+                                 ignore_result=None)  # fmt: skip
     properties = {**made.properties, "delivery_mode": 2, "priority": 0, "body_encoding": "base64"}
     return dict(made.headers), properties

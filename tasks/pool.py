@@ -36,7 +36,7 @@ _EVENTS_S = 0.25
 _EVENTS_BUFFER = 500
 
 
-class TaskPool(BasePool):  # type: ignore[misc]
+class TaskPool(BasePool):
     """Up to `limit` coroutines of `tasks.inference.run`."""
 
     body_can_be_buffer = True
@@ -142,7 +142,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._outbox.popleft()()
 
 
-@signals.worker_ready.connect  # type: ignore[untyped-decorator]
+@signals.worker_ready.connect
 def _gather_events(sender: Any, **_: Any) -> None:
     """Send Flower's events four times a second. Stock, Celery flushes after each turn of its hub, which is
     one publish an event: 40 % of a busy worker's time."""
@@ -151,7 +151,7 @@ def _gather_events(sender: Any, **_: Any) -> None:
     def flush() -> None:
         nonlocal is_scheduled
         is_scheduled = False
-        sender._flush_events()
+        sender._flush_events()  # noqa: SLF001 - what the stock callback schedules
 
     def later() -> None:
         nonlocal is_scheduled

@@ -93,7 +93,8 @@ class Broadcaster:
 async def history(client: redis.asyncio.Redis, job_id: UUID) -> list[Event]:
     """Every event of a job that Redis still has, each once, in order."""
     events: dict[int, Event] = {}
-    for _, fields in await client.xrange(transport.chunks_key(job_id)):
+    entries: Any = await client.xrange(transport.chunks_key(job_id))
+    for _, fields in entries:
         for event in decode(fields[b"events"]):
             events.setdefault(event.seq, event)
     return [events[seq] for seq in sorted(events)]
@@ -150,7 +151,7 @@ class Subscriber:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         with contextlib.suppress(RedisError, OSError):
-            await self._pubsub.aclose()
+            await self._pubsub.aclose()  # type: ignore[no-untyped-call]
             await self._client.aclose()
 
     def watch(self, job_id: UUID, *, is_recorded: bool = True) -> "Watch":
@@ -217,7 +218,7 @@ class Subscriber:
 
     async def _next(self, watch: "Watch", reader: "_Reader", tick_s: float) -> "list[Event] | None":
         """The next batch; None after `tick_s`; `_ENDED` where the job is over and no more is coming."""
-        getter = asyncio.ensure_future(reader.events.get())
+        getter: asyncio.Future[Any] = asyncio.ensure_future(reader.events.get())
         try:
             await asyncio.wait({getter, watch.ended}, timeout=tick_s, return_when=asyncio.FIRST_COMPLETED)
             if not getter.done() and watch.ended.done():

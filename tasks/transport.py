@@ -107,7 +107,7 @@ class Outbox:
     async def _deliver(self, batch: list[tuple[Any, ...]]) -> bool:
         try:
             if len(batch) == 1:
-                await self._client.execute_command(*batch[0])
+                await self._client.execute_command(*batch[0])  # type: ignore[no-untyped-call]
             else:
                 pipeline = self._client.pipeline(transaction=False)
                 for command in batch:

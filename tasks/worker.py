@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import orjson
 import structlog
@@ -25,7 +25,7 @@ from db import jobs, session, workers
 from db.jobs import Claimed, Ended
 from db.lanes import Lane, LaneDown
 from db.models import JobStatus
-from tasks import inference, metrics, transport
+from tasks import inference, transport
 from tasks.inference import Run
 from tasks.service_time import ServiceTime
 from tasks.stream import Broadcaster, Writer
@@ -232,7 +232,7 @@ class Worker:
                 pause = min(pause * 2, 2.0)
             finally:
                 with contextlib.suppress(RedisError, OSError):
-                    await pubsub.aclose()
+                    await pubsub.aclose()  # type: ignore[no-untyped-call]
 
 
 class _Pulse:
@@ -240,7 +240,7 @@ class _Pulse:
 
     def __init__(self, url: str, name: str, spec: catalog.BackendSpec, slots: int, config: settings.Settings) -> None:
         self.state = "loading"
-        self.stats = lambda: {}  # type: dict[str, object]
+        self.stats: Callable[[], dict[str, object]] = dict
         self.is_dead = False
         self._url, self._config = url, config
         self._stop = threading.Event()
@@ -248,9 +248,7 @@ class _Pulse:
         self._connection = session.connect(url, "switchyard-pulse", is_durable=False)
         with self._connection.cursor() as cursor:
             revisions = {model.name: model.revision for model in spec.models}
-            self.worker_id = workers.register(
-                cursor, name, spec.name, os.getpid(), slots, revisions, config.lease_s
-            )
+            self.worker_id = workers.register(cursor, name, spec.name, os.getpid(), slots, revisions, config.lease_s)
             workers.hold_lock(cursor, self.worker_id)
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()

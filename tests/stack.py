@@ -67,7 +67,20 @@ class Stack:
     def start_worker(self, backend: str, name: str | None = None, slots: int = 64, wait_s: float = 30) -> None:
         """Start a worker and wait until it has loaded and registered as ready."""
         name = name or backend
-        argv = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-P", "custom", "-c", str(slots), "-Q", backend]
+        argv = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            "tasks",
+            "worker",
+            "-P",
+            "custom",
+            "-c",
+            str(slots),
+            "-Q",
+            backend,
+        ]
         argv += ["-n", f"{name}@%h", "-E", *CELERY_OPTIONS]
         self._start(name, argv, {"SWITCHYARD_BACKEND": backend, "SWITCHYARD_WORKER_NAME": name})
         ready = "SELECT 1 FROM workers WHERE name = %s AND state = 'ready'"

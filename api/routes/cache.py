@@ -27,8 +27,6 @@ async def purge_cache(
 
 
 @router.delete("/{key}")
-async def purge_cache_entry(
-    request: Request, caller: Caller, key: str
-) -> Response:
+async def purge_cache_entry(request: Request, caller: Caller, key: str) -> Response:
     """Remove one entry, by the key that `x-cache-key` or the job shows."""
     return await cache_answers.purge(request, caller, key, None)

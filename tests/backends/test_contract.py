@@ -109,7 +109,7 @@ class Generates:
     async def test_an_attempt_goes_on_where_another_stopped(self, backend: Backend) -> None:
         model = backend.spec.models[0]
         text, tokens = joined(await run(backend, call_for(model, PROMPTS[0])))
-        head = [chunk for chunk in await run(backend, call_for(model, PROMPTS[0], max_tokens=5))]
+        head = await run(backend, call_for(model, PROMPTS[0], max_tokens=5))
         rest = await run(backend, call_for(model, PROMPTS[0], resumed_token_ids=tuple(tokens[:5])))
         assert joined(head)[1] + joined(rest)[1] == tokens
         assert joined(head)[0] + joined(rest)[0] == text
@@ -130,7 +130,9 @@ class Generates:
         begun = asyncio.Event()
 
         async def read() -> None:
-            async with contextlib.aclosing(backend.generate(call_for(model, PROMPTS[1], "gone", max_tokens=200))) as all_:  # type: ignore[type-var]
+            async with contextlib.aclosing(
+                backend.generate(call_for(model, PROMPTS[1], "gone", max_tokens=200))
+            ) as all_:  # type: ignore[type-var]
                 async for _ in all_:
                     begun.set()
 

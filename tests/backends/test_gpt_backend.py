@@ -811,3 +811,6 @@ async def test_stopping_ends_what_runs(folders: dict[str, Path]) -> None:
     await backend.stop()
     with pytest.raises(BackendError):
         await asyncio.wait_for(_drain(running), 30)
+    with pytest.raises(BackendError) as late:
+        await _tokens(backend, _call("tiny", _prompt(4), _GREEDY))
+    assert not isinstance(late.value, InvalidCall | BackendDead)

@@ -45,7 +45,9 @@ def test_the_openai_client_works_unchanged(stack: Stack) -> None:
     with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.secret) as client:
         whole = client.chat.completions.create(**chat("one two three", temperature=0))
         assert whole.choices[0].message.content == "user: one two three\n"
-        stream = client.chat.completions.create(**chat("stream me", stream=True, stream_options={"include_usage": True}))
+        stream = client.chat.completions.create(
+            **chat("stream me", stream=True, stream_options={"include_usage": True})
+        )
         chunks = list(stream)
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "user: stream me\n"
         assert chunks[-1].usage is not None
@@ -145,7 +147,10 @@ def test_prefer_respond_async_and_wait(stack: Stack) -> None:
 
 
 def test_cancelling_is_final_and_stops_the_tokens(stack: Stack) -> None:
-    asked = {"endpoint": "/v1/completions", "body": {"model": "echo", "prompt": "x" * 400, "max_tokens": 400, "options": {"token_ms": 50}}}
+    asked = {
+        "endpoint": "/v1/completions",
+        "body": {"model": "echo", "prompt": "x" * 400, "max_tokens": 400, "options": {"token_ms": 50}},
+    }
     with stack.client() as client:
         path = client.post("/v1/jobs", json=asked).headers["location"]
         stack.wait_until(lambda: client.get(path).json()["status"] == "running", "running job")
@@ -159,13 +164,17 @@ def test_cancelling_is_final_and_stops_the_tokens(stack: Stack) -> None:
 
 
 def _running_in_worker(stack: Stack) -> int:
-    return int(stack.query("SELECT (stats ->> 'running')::int FROM workers WHERE name = 'echo' AND state = 'ready'")[0][0])
+    return int(
+        stack.query("SELECT (stats ->> 'running')::int FROM workers WHERE name = 'echo' AND state = 'ready'")[0][0]
+    )
 
 
 def test_a_deadline_expires_the_job(stack: Stack) -> None:
     slow = {"model": "echo", "prompt": "x", "options": {"first_token_ms": 20_000}}
     with stack.client() as client:
-        path = client.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": slow, "timeout_s": 0.5}).headers["location"]
+        path = client.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": slow, "timeout_s": 0.5}).headers[
+            "location"
+        ]
         job = client.get(path, params={"wait": 10}).json()
         assert job["status"] == "expired"
         assert client.get(f"{path}/result").json()["error"]["code"] == "job_expired"
@@ -196,7 +205,12 @@ def test_jobs_are_listed_page_by_page_and_only_to_their_tenant(stack: Stack) -> 
         assert other.get("/v1/jobs").json()["data"] == []
         mine = first["data"][0]["id"]
         unknown = other.get("/v1/jobs/01a20979-8744-7650-870c-0098b145d576")
-        for path in (f"/v1/jobs/{mine}", f"/v1/jobs/{mine}/result", f"/v1/jobs/{mine}/stream", f"/v1/jobs/{mine}/explain"):
+        for path in (
+            f"/v1/jobs/{mine}",
+            f"/v1/jobs/{mine}/result",
+            f"/v1/jobs/{mine}/stream",
+            f"/v1/jobs/{mine}/explain",
+        ):
             assert (other.get(path).status_code, other.get(path).content) == (404, unknown.content)
         assert other.post(f"/v1/jobs/{mine}/cancel").status_code == 404
 
@@ -229,7 +243,9 @@ def test_tokenize_and_detokenize(stack: Stack) -> None:
     with stack.client() as client:
         body = client.post("/v1/tokenize", json={"model": "echo", "prompt": "é!"}).json()
         assert body == {"count": 3, "max_model_len": 4096, "tokens": [195, 169, 33], "token_strs": None}
-        assert client.post("/v1/detokenize", json={"model": "echo", "tokens": [195, 169, 33]}).json() == {"prompt": "é!"}
+        assert client.post("/v1/detokenize", json={"model": "echo", "tokens": [195, 169, 33]}).json() == {
+            "prompt": "é!"
+        }
 
 
 def test_the_request_log_has_a_line_per_request_and_no_prompt(stack: Stack) -> None:

@@ -84,12 +84,14 @@ def test_auto_finds_a_generator_and_explains_both_candidates(stack: Stack) -> No
 
 def test_many_chats_at_once_share_a_batch_and_answer_as_alone(stack: Stack) -> None:
     questions = [f"What is {number} plus {number}?" for number in range(1, 9)]
+    no_store = {"Cache-Control": "no-store"}
     with stack.client(timeout_s=120) as client, ThreadPoolExecutor(8) as pool:
         for model in ("on-gpt", "on-vllm"):
             bodies = [chat(model, question, max_tokens=12) for question in questions]
-            no_store = {"Cache-Control": "no-store"}
             alone = [text_of(client.post("/v1/chat/completions", json=body, headers=no_store)) for body in bodies[:3]]
-            together = list(pool.map(lambda body: text_of(client.post("/v1/chat/completions", json=body, headers=no_store)), bodies))
+            together = list(
+                pool.map(lambda body: text_of(client.post("/v1/chat/completions", json=body, headers=no_store)), bodies)
+            )
             assert together[:3] == alone
 
 
@@ -121,7 +123,9 @@ def test_embeddings_equal_sentence_transformers(stack: Stack) -> None:
     from sentence_transformers import SentenceTransformer
 
     texts = ["How do I open an account?", "The weather is lovely today.", "日本語の文", "a " * 100]
-    reference = SentenceTransformer(str(ROOT / "models/all-minilm-l6-v2"), device="cpu").encode(texts, normalize_embeddings=True)
+    reference = SentenceTransformer(str(ROOT / "models/all-minilm-l6-v2"), device="cpu").encode(
+        texts, normalize_embeddings=True
+    )
     with stack.client() as client:
         body = {"model": "all-minilm-l6-v2", "input": texts}
         floats = client.post("/v1/embeddings", json=body).json()["data"]
@@ -141,7 +145,7 @@ def test_classify_and_rerank(stack: Stack) -> None:
         ranked = client.post("/v1/rerank", json=asked).json()["results"]
     assert labels[0]["label"] == "card_arrival"
     assert labels[0]["num_classes"] == 77
-    assert [result["index"] for result in ranked][0] == 1
+    assert ranked[0]["index"] == 1
     assert len(ranked) == 2
 
 
@@ -156,7 +160,9 @@ def test_a_stream_survives_the_death_of_its_worker(stack: Stack, backend: str) -
     def read() -> None:
         with stack.client(timeout_s=300) as client:
             no_store = {"Cache-Control": "no-store"}
-            with client.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}, headers=no_store) as response:
+            with client.stream(
+                "POST", "/v1/chat/completions", json=asked | {"stream": True}, headers=no_store
+            ) as response:
                 for line in response.iter_lines():
                     got.append(line)
                     if len(got) > 24:
@@ -167,7 +173,7 @@ def test_a_stream_survives_the_death_of_its_worker(stack: Stack, backend: str) -
     assert begun.wait(60)
     children = psutil.Process(stack.processes[backend].pid).children(recursive=True)
     stack.kill(backend)
-    gone, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive, "a worker's children must not outlive it"
     stack.start_worker(backend, wait_s=240)
     reader.join(200)

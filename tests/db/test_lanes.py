@@ -1,0 +1,85 @@
+"""Lanes: batching, order, errors, and a Postgres that goes away."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from db import session
+from db.lanes import Lane, LaneDown
+from db.session import Cursor
+from local import servers
+
+
+async def test_what_arrives_while_busy_becomes_one_statement(database_url: str) -> None:
+    gate, batches = threading.Event(), []
+
+    def statement(cursor: Cursor, items: Sequence[int]) -> list[int]:
+        gate.wait(10)
+        batches.append(list(items))
+        cursor.execute("SELECT n * 2 FROM unnest(%s) WITH ORDINALITY AS t (n, o) ORDER BY o", (list(items),))
+        return [row[0] for row in cursor.fetchall()]
+
+    lane = Lane(database_url, statement)
+    futures = [lane.submit(number) for number in range(100)]
+    gate.set()
+    assert await asyncio.gather(*futures) == [number * 2 for number in range(100)]
+    assert len(batches) <= 3
+    assert [item for batch in batches for item in batch] == list(range(100))
+    await lane.close()
+
+
+async def test_a_refused_item_stands_alone(database_url: str) -> None:
+    def statement(cursor: Cursor, items: Sequence[int]) -> list[int]:
+        cursor.execute("SELECT 10 / n FROM unnest(%s) AS n", (list(items),))
+        return [row[0] for row in cursor.fetchall()]
+
+    lane = Lane(database_url, statement)
+    answers = await asyncio.gather(*[lane.submit(number) for number in (1, 2, 0, 5)], return_exceptions=True)
+    assert [answers[0], answers[1], answers[3]] == [10, 5, 2]
+    assert isinstance(answers[2], psycopg2.errors.DivisionByZero)
+    await lane.close()
+
+
+async def test_a_lane_outlives_a_restart_of_postgres_and_gives_up_in_time(tmp_path: Path) -> None:
+    def statement(cursor: Cursor, items: Sequence[int]) -> list[int]:
+        cursor.execute("SELECT 1")
+        return list(items)
+
+    with servers.start_postgres(tmp_path, durable=False) as server:
+        patient, hasty = Lane(server.url, statement, patience_s=20), Lane(server.url, statement, patience_s=0.3)
+        assert (await patient.submit(1), await hasty.submit(1)) == (1, 1)
+        await asyncio.to_thread(server.kill)
+        waiting = patient.submit(2)
+        with pytest.raises(LaneDown):
+            await asyncio.wait_for(hasty.submit(2), 5)
+        await asyncio.to_thread(server.restart)
+        assert await asyncio.wait_for(waiting, 20) == 2
+        assert await asyncio.wait_for(hasty.submit(3), 5) == 3
+        await patient.close()
+        await hasty.close()
+
+
+async def test_a_cancelled_caller_disturbs_nobody(database_url: str) -> None:
+    def statement(cursor: Cursor, items: Sequence[int]) -> list[int]:
+        cursor.execute("SELECT pg_sleep(0.05)")
+        return list(items)
+
+    lane = Lane(database_url, statement)
+    futures = [lane.submit(number) for number in range(20)]
+    for future in futures[::2]:
+        future.cancel()
+    assert await asyncio.gather(*futures[1::2]) == list(range(1, 20, 2))
+    assert await lane.submit(99) == 99
+    await lane.close()
+
+
+def test_a_statement_cannot_hang(database_url: str) -> None:
+    connection = session.connect(database_url, "tests")
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW statement_timeout")
+        assert cursor.fetchone() == ("5s",)
+    connection.close()

@@ -1,0 +1,138 @@
+"""One function from a call to a Decision."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import catalog
+from backends.registry import backend_class
+from catalog import Catalog
+from db.jobs import Depth
+from db.workers import Life
+from tasks import router
+from tasks.call import Call
+from tasks.router import Load
+
+CONFIG = """
+backends:
+  fast: {runtime: echo, max_queued: 10}
+  slow: {runtime: echo}
+  gpt: {runtime: gpt}
+models:
+  both: {path: echo, backends: [slow, fast], fallback: [spare]}
+  spare: {path: echo, backends: [slow], auto: false}
+"""
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Catalog:
+    file = tmp_path / "switchyard.yaml"
+    file.write_text(CONFIG)
+    return catalog.load(file, tmp_path)
+
+
+def life(backend: str, token_ms: float | None = None, state: str = "ready", slots: int = 4) -> Life:
+    times = {"run_ms": 1000.0, "ttft_ms": 10.0, "token_ms": token_ms, "tokens": 50.0}
+    stats: dict[str, Any] = {"service": {"both": times}} if token_ms is not None else {}
+    return Life(1, f"{backend}0", backend, state, slots, {}, stats, 1, 0.0)
+
+
+def load(*lives: Life, queued: int = 0, running: int = 0) -> Load:
+    return Load(lives, Depth(queued, running, 0, 0.0))
+
+
+def call(model: str = "both", **fields: Any) -> Call:
+    return Call(endpoint="/v1/completions", task="generate", model=model, token_ids=[[1, 2]], max_tokens=20, **fields)
+
+
+def choose(served: Catalog, one: Call, loads: dict[str, Load], **fields: Any) -> router.Decision:
+    tokenised = dict.fromkeys(served.models, one) | fields.pop("tokenised", {})
+    return router.choose(served, one, tokenised, loads, **{"can_wait": False, **fields})
+
+
+def dropped(decision: router.Decision) -> dict[tuple[str, str], str | None]:
+    return {(one.model, one.backend): one.dropped for one in decision.candidates}
+
+
+def test_the_measured_faster_backend_wins(served: Catalog) -> None:
+    decision = choose(served, call(), {"slow": load(life("slow", 30.0)), "fast": load(life("fast", 5.0))})
+    assert decision.chosen is not None
+    assert decision.chosen.backend == "fast"
+    assert decision.chosen.score_ms == 10 + 20 * 5
+    assert decision.reason == "lowest expected completion time"
+    assert [one.score_ms for one in decision.candidates] == [610.0, 110.0]
+
+
+def test_a_queue_makes_the_slower_backend_faster(served: Catalog) -> None:
+    loads = {"slow": load(life("slow", 30.0)), "fast": load(life("fast", 5.0), queued=6, running=4)}
+    decision = choose(served, call(), loads)
+    assert decision.chosen is not None
+    assert decision.chosen.backend == "slow"
+    assert decision.candidates[1].facts["wait_ms"] == 7 / 4 * 1000
+
+
+def test_backends_without_a_ready_worker_are_dropped_with_the_reason(served: Catalog) -> None:
+    loads = {"slow": load(life("slow", 30.0)), "fast": load(life("fast", 5.0, state="loading"))}
+    assert dropped(choose(served, call(), loads)) == {("both", "slow"): None, ("both", "fast"): "loading"}
+    assert dropped(choose(served, call(), {"slow": loads["slow"]}))[("both", "fast")] == "no_worker"
+
+
+def test_a_full_queue_is_dropped(served: Catalog) -> None:
+    decision = choose(served, call(), {"fast": load(life("fast", 5.0), queued=10)})
+    assert decision.chosen is None
+    assert dropped(decision)[("both", "fast")] == "queue_full"
+
+
+def test_the_fallback_is_considered_only_when_the_model_is_down(served: Catalog) -> None:
+    loads = {"slow": load(life("slow")), "fast": load(life("fast"))}
+    assert ("spare", "slow") not in dropped(choose(served, call(), loads))
+    loads = {"slow": load(life("slow"))}
+    one = call()
+    decision = choose(served, one, loads, tokenised={"both": "context_length_exceeded"})
+    assert decision.chosen is not None
+    assert decision.chosen.model == "spare"
+    assert decision.reason == "fallback: no worker of both is up"
+
+
+def test_who_can_wait_is_held_in_the_first_queue(served: Catalog) -> None:
+    assert choose(served, call(), {}).chosen is None
+    held = choose(served, call(), {}, can_wait=True)
+    assert held.chosen is not None
+    assert held.chosen.backend == "slow"
+
+
+def test_auto_considers_every_model_that_allows_it(served: Catalog) -> None:
+    loads = {"slow": load(life("slow", 30.0)), "fast": load(life("fast", 5.0))}
+    decision = choose(served, call("auto"), loads)
+    assert set(dropped(decision)) == {("both", "slow"), ("both", "fast")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"params": {"logprobs": 1}}, "logprobs"),
+        ({"params": {"min_p": 0.1}}, "min_p"),
+        ({"params": {"logit_bias": {"1": 2}}}, "logit_bias"),
+    ],
+)
+def test_what_a_backend_cannot_honour_is_named(served: Catalog, fields: dict[str, Any], param: str) -> None:
+    decision = choose(served, call(**fields), {"fast": load(life("fast"))})
+    assert decision.chosen is None
+    assert {one.param for one in decision.candidates if one.dropped == "unsupported_parameter"} == {param}
+
+
+def test_echos_options_need_echo(served: Catalog) -> None:
+    capabilities = backend_class("gpt").capabilities
+    assert router.unsupported_parameter(call(options={"token_ms": 1}), capabilities, "gpt") == "options"
+    assert router.unsupported_parameter(call(params={"logprobs": 20}), capabilities, "gpt") is None
+    assert router.unsupported_parameter(call(params={"logprobs": 21}), capabilities, "gpt") == "logprobs"
+
+
+def test_a_longer_answer_scores_worse(served: Catalog) -> None:
+    loads = {"fast": load(life("fast", 5.0))}
+    short, long = (choose(served, replace(call(), max_tokens=n), loads).chosen for n in (10, 90))
+    assert short is not None
+    assert long is not None
+    assert (short.score_ms or 0) < (long.score_ms or 0)

@@ -237,7 +237,7 @@ class Engine:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def start(self, load: Callable[[], Iterable[Batch]], on_loaded: Callable[[BaseException | None], None]) -> None:
+    def start(self, load: Callable[[], Iterable[Batch]], on_loaded: Callable[[BaseException | None], object]) -> None:
         """Start the thread, which calls `load` and then `on_loaded` before its first step."""
         self._thread = threading.Thread(target=self._run, args=(load, on_loaded), name="gpt-engine", daemon=True)
         self._thread.start()
@@ -261,7 +261,7 @@ class Engine:
             batch.add(sequence)
         self._work.set()
 
-    def _run(self, load: Callable[[], Iterable[Batch]], on_loaded: Callable[[BaseException | None], None]) -> None:
+    def _run(self, load: Callable[[], Iterable[Batch]], on_loaded: Callable[[BaseException | None], object]) -> None:
         try:
             self._batches = list(load())
         except BaseException as error:

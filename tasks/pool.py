@@ -12,6 +12,7 @@ worker's loop thread. Both hand-overs are coalesced, one wake-up for all that ga
 import asyncio
 import collections
 import os
+import signal
 import threading
 import time
 import uuid
@@ -57,12 +58,16 @@ class TaskPool(BasePool):
         self._thread = threading.Thread(target=self._run_loop, name="worker-loop", daemon=True)
         self._thread.start()
         future = asyncio.run_coroutine_threadsafe(self._start_worker(name), self._loop)
+        # Celery's own handler only notes the signal for later; nothing runs yet that would need draining.
+        celerys = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         try:
             self._worker = future.result()
         except Exception:
             # Celery would go on without a pool; a worker that cannot load must die and be restarted.
             log.exception("worker.load_failed")
             os._exit(EXIT_DEAD)
+        finally:
+            signal.signal(signal.SIGTERM, celerys)
 
     def register_with_event_loop(self, hub: Any) -> None:
         self._hub = hub

@@ -5,12 +5,11 @@ line on the job is the ledger's; a waiter or a stream only watches it.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import orjson
@@ -91,7 +90,7 @@ class Gateway:
         self.purges = Lane(url, cache.purge)
         self.cache_stats = Lane(url, cache.stats)
         self.log_entries = Lane(url, request_log.append, is_durable=False)
-        self._surveys = Lane(url, _survey)
+        self._surveys = Lane(url, _described)
         self._ended = Lane(url, jobs.ended)
         self._redis = transport.connect(config.redis_url)
         self._outbox = transport.Outbox(self._redis)
@@ -101,9 +100,9 @@ class Gateway:
         """time.monotonic() of the last time Postgres described its workers and queues."""
         self._hits: dict[bytes, int] = {}
         self._background = [
-            asyncio.create_task(self._survey_forever(), name="survey"),
-            asyncio.create_task(self._sweep_forever(), name="sweep"),
-            asyncio.create_task(self._touch_forever(), name="touch"),
+            asyncio.create_task(self._every(_SURVEY_S, self._survey), name="survey"),
+            asyncio.create_task(self._every(_SWEEP_S, self._sweep), name="sweep"),
+            asyncio.create_task(self._every(_TOUCH_S, self._touch), name="touch"),
         ]
 
     async def close(self) -> None:
@@ -175,7 +174,10 @@ class Gateway:
         if outcome is None or outcome.status is not JobStatus.SUCCEEDED:
             yield errors.stream_error(self.error_of(outcome))
             return
-        if status is None and not after:
+        if status is None:
+            if after:
+                yield errors.stream_error(errors.ConflictState("The events are gone; read the job's result instead."))
+                return
             for lost in self._rest(frames, outcome, sent):
                 yield lost
         yield frames.end(outcome.usage)
@@ -326,34 +328,34 @@ class Gateway:
                                      choice["finish_reason"]))  # fmt: skip
         return rest
 
-    async def _survey_forever(self) -> None:
+    async def _every(self, period_s: float, work: Callable[[], Awaitable[None]]) -> None:
+        """Do `work` again and again. Nothing that goes wrong once may end it."""
         while True:
-            with contextlib.suppress(LaneDown):
-                lives, depths = await self._surveys.submit(None)
-                self.loads = {
-                    name: Load(
-                        tuple(life for life in lives if life.backend == name), depths.get(name, Depth(0, 0, 0, 0.0))
-                    )
-                    for name in self.catalog.backends
-                }
-                self.surveyed_at = time.monotonic()
-            await asyncio.sleep(_SURVEY_S)
+            try:
+                await work()
+            except LaneDown as error:
+                log.warning("gateway.postgres_down", work=work.__name__, error=str(error))
+            except Exception:
+                log.exception("gateway.background_failed", work=work.__name__)
+            await asyncio.sleep(period_s)
 
-    async def _sweep_forever(self) -> None:
+    async def _survey(self) -> None:
+        lives, depths = await self._surveys.submit(None)
+        nothing = Depth(0, 0, 0, 0.0)
+        self.loads = {
+            name: Load(tuple(life for life in lives if life.backend == name), depths.get(name, nothing))
+            for name in self.catalog.backends
+        }
+        self.surveyed_at = time.monotonic()
+
+    async def _sweep(self) -> None:
         """One question a second for all who wait: Redis may have lost the news of their job's end."""
-        while True:
-            await asyncio.sleep(_SWEEP_S)
-            watched = self.subscriber.watched
-            if watched:
-                with contextlib.suppress(LaneDown):
-                    self.subscriber.ended(map(str, await self._ended.submit(watched)))
+        if watched := self.subscriber.watched:
+            self.subscriber.ended(map(str, await self._ended.submit(watched)))
 
-    async def _touch_forever(self) -> None:
-        while True:
-            await asyncio.sleep(_TOUCH_S)
-            hits, self._hits = self._hits, {}
-            with contextlib.suppress(LaneDown):
-                await asyncio.gather(*[self._touches.submit(hit) for hit in hits.items()])
+    async def _touch(self) -> None:
+        hits, self._hits = self._hits, {}
+        await asyncio.gather(*[self._touches.submit(hit) for hit in hits.items()])
 
 
 def cache_key(call: Call, model: ModelSpec, tenant: str) -> bytes:
@@ -383,7 +385,7 @@ class _Steps:
         self._last = now
 
 
-def _survey(cursor: Cursor, items: Sequence[None]) -> list[tuple[list[workers.Life], dict[str, Depth]]]:
+def _described(cursor: Cursor, items: Sequence[None]) -> list[tuple[list[workers.Life], dict[str, Depth]]]:
     return [(workers.alive(cursor), jobs.depths(cursor))] * len(items)
 
 

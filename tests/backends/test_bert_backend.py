@@ -365,6 +365,22 @@ async def test_a_large_call_does_not_hold_up_a_small_one(
 
 
 @in_module_loop
+async def test_many_large_calls_do_not_hold_up_a_small_one(
+    folders: dict[str, Path], tmp_path: Path, gate: _Gate, install: Callable[[], None]
+) -> None:
+    async with _small_backend(folders, tmp_path, max_batch_tokens=64) as backend:
+        install()
+        large = [asyncio.create_task(backend.embed(_call("tiny", _ids(*[8] * 40)))) for _ in range(12)]
+        await gate.wait_until_held()
+        small = asyncio.create_task(backend.embed(_call("tiny", _ids(5))))
+        await asyncio.sleep(0)
+        gate.open()
+        await asyncio.gather(small, *large)
+    # Eight of the twelve fill the second pass; the third begins with the other four.
+    assert [5 in batch for batch in gate.batches[:4]] == [False, False, True, False]
+
+
+@in_module_loop
 async def test_a_steady_flow_of_small_calls_does_not_hold_up_a_large_one(
     folders: dict[str, Path], tmp_path: Path, gate: _Gate, install: Callable[[], None]
 ) -> None:

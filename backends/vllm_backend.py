@@ -6,7 +6,7 @@ model of the spec has an engine of its own (a process, and one more per device),
 
 Options, under their vLLM engine-argument names unless said otherwise:
 
-- dtype (auto), quantization, kv_cache_dtype, load_format, trust_remote_code (false)
+- dtype (auto), quantization, kv_cache_dtype, load_format
 - max_num_seqs, max_num_batched_tokens, enable_prefix_caching, enable_chunked_prefill, block_size: as vLLM chooses
 - kv_cache_memory_gib: memory of the KV cache per device and model (vLLM's kv_cache_memory_bytes).
   Unset: on a CPU 4; on a GPU what gpu_memory_utilization (0.92) leaves after weights and activations.
@@ -79,7 +79,6 @@ _ENGINE_OPTIONS = frozenset(
         "seed",
         "speculative_config",
         "tensor_parallel_size",
-        "trust_remote_code",
     }
 )
 _OWN_OPTIONS = frozenset({"kv_cache_memory_gib", "omp_threads_bind"})

@@ -6,7 +6,6 @@ _settings = settings.load()
 
 broker_url = _settings.redis_url
 broker_connection_retry_on_startup = True
-broker_transport = "tasks.broker:Transport"
 broker_transport_options = {
     # The ledger re-sends what is lost, so kombu need not keep a second copy of each message. Its copy
     # costs 3/4 of a consumer's CPU and still loses messages between BRPOP and ZADD.

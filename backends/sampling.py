@@ -57,7 +57,7 @@ class Sampler:
 
     def uniform(self) -> float:
         """The draw in [0, 1) for the next token."""
-        digest = hashlib.blake2b(b"%d:%d" % (self._seed, len(self._stops)), digest_size=8).digest()
+        digest = hashlib.blake2b(b"%d:%d" % (self._seed, self.position), digest_size=8).digest()
         return (int.from_bytes(digest) >> 11) * 2.0**-53
 
 

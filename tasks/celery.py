@@ -7,6 +7,7 @@ against 350 µs (a test compares both envelopes, so an upgrade of Celery cannot 
 
 import base64
 import functools
+import itertools
 import logging
 import uuid
 from typing import Any
@@ -14,8 +15,12 @@ from typing import Any
 import orjson
 from celery import Celery
 from celery.signals import setup_logging
+from kombu.transport import TRANSPORT_ALIASES
 
 from tasks.call import VERSION
+
+# By alias and not by `broker_transport`: Flower reads the broker's kind off its URL.
+TRANSPORT_ALIASES["redis"] = "tasks.broker:Transport"
 
 app = Celery("switchyard")
 app.config_from_object("celeryconfig")
@@ -55,12 +60,14 @@ def message(job_id: uuid.UUID, task: str, queue: str) -> bytes:
                 **properties,
                 "correlation_id": identifier,
                 "delivery_info": {"exchange": "", "routing_key": queue},
-                "delivery_tag": str(uuid.uuid4()),
+                "delivery_tag": f"{identifier}.{_PROCESS_ID}.{next(_numbers)}",
             },
         }
     )
 
 
+_PROCESS_ID = uuid.uuid4().hex[:12]
+_numbers = itertools.count()
 _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 

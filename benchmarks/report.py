@@ -18,7 +18,8 @@ from rich.table import Table as RichTable
 
 Cell = str | float | int | None
 
-_console = Console(highlight=False)
+# Into a file or a pipe a line must hold a whole row.
+_console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 @dataclass(frozen=True, slots=True)

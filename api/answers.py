@@ -10,6 +10,7 @@ from starlette.responses import Response, StreamingResponse
 
 from api import decoding, errors, schemas, views, wishes
 from api.gateway import Accepted, Gateway
+from api.recent_hits import RequestKey
 from api.wishes import Wish
 from db.api_keys import ApiKey
 from db.cache import Hit
@@ -29,13 +30,19 @@ async def infer(request: Request, endpoint: str, caller: ApiKey) -> Response:
     gateway: Gateway = request.app.state.gateway
     limits = gateway.catalog.limits
     body = await decoding.read_body(request, limits)
-    call = schemas.parse(endpoint, decoding.decode(body, limits), limits)
     wish = wishes.read(request.headers, gateway.config.wait_s)
-    return await answer(request, gateway, call, caller, wish)
+    recent = (caller.tenant, endpoint, body) if wish.is_plain else None
+    if recent is not None and (known := gateway.recent_hits.get(recent)) is not None:
+        entry: Entry = request.state.log
+        entry.requested_model, entry.is_stream = known.call.model, known.call.stream
+        return _from_cache(entry, known.call, known.now())
+    call = schemas.parse(endpoint, decoding.decode(body, limits), limits)
+    return await answer(request, gateway, call, caller, wish, recent)
 
 
-async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey, wish: Wish) -> Response:
-    """Submit a call and answer in the form that it and its wish ask for."""
+async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey, wish: Wish,
+                 recent: RequestKey | None = None) -> Response:  # fmt: skip
+    """Submit a call and answer in the form that it and its wish ask for. `recent` remembers a hit."""
     entry: Entry = request.state.log
     entry.requested_model, entry.is_stream = call.model[:256], call.stream
     if gateway.config.log_prompts:
@@ -45,6 +52,8 @@ async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey,
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if isinstance(made, Hit):
+        if recent is not None and not gateway.config.log_prompts:
+            gateway.recent_hits.put(recent, call, made)
         return _from_cache(entry, call, made)
     entry.job_id, entry.model, entry.backend = made.job_id, made.model, made.backend
     entry.cache_verdict, entry.prompt_tokens = made.cache_verdict, made.call.prompt_tokens

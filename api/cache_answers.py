@@ -28,6 +28,7 @@ async def purge(request: Request, caller: ApiKey, key: str | None, model: str | 
     gateway: Gateway = request.app.state.gateway
     if key is not None and not _KEY.fullmatch(key):
         raise errors.InvalidValue("key must be 64 lower-case hexadecimal digits.", param="key")
+    gateway.recent_hits.clear()
     raw = None if key is None else bytes.fromhex(key)
     try:
         removed = await gateway.purges.submit(Purge(tenant=_tenant(caller), key=raw, model=model))

@@ -19,6 +19,7 @@ import catalog
 import settings
 from api import errors, wishes
 from api.prompts import Prompts
+from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
 from catalog import ModelSpec
 from db import cache, jobs, request_log, workers
@@ -89,7 +90,7 @@ class Gateway:
         self.cancels = Lane(url, jobs.cancel)
         self.purges = Lane(url, cache.purge)
         self.cache_stats = Lane(url, cache.stats)
-        self.log_entries = Lane(url, request_log.append, is_durable=False)
+        self.log_entries = Lane(url, request_log.append, is_durable=False, linger_s=0.1, max_batch=5000)
         self._surveys = Lane(url, _described)
         self._ended = Lane(url, jobs.ended)
         self._redis = transport.connect(config.redis_url)
@@ -99,6 +100,7 @@ class Gateway:
         self.surveyed_at = float("-inf")
         """time.monotonic() of the last time Postgres described its workers and queues."""
         self._hits: dict[bytes, int] = {}
+        self.recent_hits = RecentHits(self._hits)
         self._background = [
             asyncio.create_task(self._every(_SURVEY_S, self._survey), name="survey"),
             asyncio.create_task(self._every(_SWEEP_S, self._sweep), name="sweep"),
@@ -135,6 +137,8 @@ class Gateway:
         ready = tokenised[decision.chosen.model]
         assert isinstance(ready, Call)
         ready = replace(ready, model=decision.chosen.model)
+        if plan.is_refresh:
+            self.recent_hits.clear()
         job = self._new_job(ready, caller, wish, request_id, decision, verdict, plan, keys, steps.done)
         return await self._accept(job, ready, decision, wish)
 
@@ -354,7 +358,8 @@ class Gateway:
             self.subscriber.ended(map(str, await self._ended.submit(watched)))
 
     async def _touch(self) -> None:
-        hits, self._hits = self._hits, {}
+        hits = dict(self._hits)
+        self._hits.clear()
         await asyncio.gather(*[self._touches.submit(hit) for hit in hits.items()])
 
 

@@ -40,6 +40,8 @@ class Wish:
     metadata: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     cancels_on_disconnect: bool = False
+    is_plain: bool = False
+    """No header asked for anything."""
 
 
 def read(headers: Headers, longest_wait_s: float) -> Wish:
@@ -69,7 +71,7 @@ def read(headers: Headers, longest_wait_s: float) -> Wish:
 
 @functools.cache
 def _plain(wait_s: float) -> Wish:
-    return Wish(wait_s=wait_s)
+    return Wish(wait_s=wait_s, is_plain=True)
 
 
 def cache_control(value: str) -> CacheControl:

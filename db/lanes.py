@@ -35,6 +35,7 @@ class LaneDown(Exception):
 class Lane(Generic[Item, Answer]):
     """Runs `statement(cursor, items) -> answers` (same length, same order) for items submitted one by one.
 
+    `linger_s` makes every batch wait that long for company: for what nobody waits for.
     The statement must be safe to repeat: after a lost connection the batch is sent again.
     """
 
@@ -46,6 +47,7 @@ class Lane(Generic[Item, Answer]):
         is_durable: bool = True,
         max_batch: int = 256,
         patience_s: float = 2.0,
+        linger_s: float = 0.0,
         on_connect: Callable[[Cursor], None] | None = None,
     ) -> None:
         self._url = url
@@ -53,6 +55,7 @@ class Lane(Generic[Item, Answer]):
         self._is_durable = is_durable
         self._max_batch = max_batch
         self._patience_s = patience_s
+        self._linger_s = linger_s
         self._on_connect = on_connect
         self._name = f"switchyard-{statement.__name__}"
         self._items: queue.SimpleQueue[tuple[Item, asyncio.Future[Answer]] | None] = queue.SimpleQueue()
@@ -76,9 +79,9 @@ class Lane(Generic[Item, Answer]):
         is_busy = False
         while (first := self._items.get()) is not None:
             batch = [first]
-            if is_busy:
+            if self._linger_s or is_busy:
                 # Under load a moment's wait halves the statements, and with them Postgres's share of the CPU.
-                time.sleep(_LINGER_S)
+                time.sleep(self._linger_s or _LINGER_S)
             is_closing = False
             while len(batch) < self._max_batch:
                 try:

@@ -482,7 +482,7 @@ async def test_a_dead_thread_is_reported_and_nobody_hangs(
         gate.open()
         outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
         assert all(isinstance(outcome, BackendError) for outcome in outcomes)
-        with pytest.raises(BackendDead):
+        with pytest.raises(BackendDead, match=str(error)):
             backend.check_health()
         with pytest.raises(BackendDead):
             await backend.embed(_call("tiny", _ids(5)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from db import session
+from db import request_log, session
 from db.lanes import Lane, LaneDown
 from db.session import Cursor
 from local import servers
@@ -82,4 +82,19 @@ def test_a_statement_cannot_hang(database_url: str) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SHOW statement_timeout")
         assert cursor.fetchone() == ("5s",)
+    connection.close()
+
+
+def test_log_entries_arrive_as_they_are(database_url: str) -> None:
+    odd = 'tab\t newline\n return\r backslash \\ \\N "quotes" ünïcödé 😀'
+    connection = session.connect(database_url, "tests")
+    with connection.cursor() as cursor:
+        cursor.execute("TRUNCATE request_log")
+        entries = [
+            request_log.Entry(request_id="a", endpoint="/x", prompt=odd, status_code=200, is_stream=True, ttft_ms=1.5),
+            request_log.Entry(request_id="\\N", endpoint="", tenant=None),
+        ]
+        request_log.append(cursor, entries)
+        cursor.execute("SELECT request_id, endpoint, tenant, prompt, is_stream, ttft_ms FROM request_log ORDER BY id")
+        assert cursor.fetchall() == [("a", "/x", None, odd, True, 1.5), ("\\N", "", None, None, False, None)]
     connection.close()

@@ -42,6 +42,7 @@ class Stack:
             "CELERY_CUSTOM_WORKER_POOL": "tasks.pool:TaskPool",
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._connection: session.Connection | None = None
         self.secret = self.create_key("default")
 
     def create_key(self, tenant: str, *, is_admin: bool = False) -> str:
@@ -52,8 +53,9 @@ class Stack:
 
     def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         """Look into the ledger, past the product's own code."""
-        connection = session.connect(self.database_url, "tests")
-        with contextlib.closing(connection), connection.cursor() as cursor:
+        if self._connection is None or self._connection.closed:
+            self._connection = session.connect(self.database_url, "tests")
+        with self._connection.cursor() as cursor:
             cursor.execute(sql, values)
             return cursor.fetchall() if cursor.description else []
 
@@ -107,6 +109,8 @@ class Stack:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self.processes.clear()
+        if self._connection is not None:
+            self._connection.close()
 
     def client(self, secret: str | None = None, timeout_s: float = 30) -> httpx.Client:
         headers = {"Authorization": f"Bearer {secret or self.secret}"}
@@ -121,7 +125,7 @@ class Stack:
                     raise AssertionError(f"{name} exited with {process.returncode}:\n{self.log(name)}")
             if time.monotonic() > deadline:
                 raise AssertionError(f"no {what} within {within_s} s\n" + "\n".join(map(self.log, self.processes)))
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def log(self, name: str) -> str:
         text = (self.logs / f"{name}.log").read_text(errors="replace")

@@ -48,6 +48,8 @@ class Side:
     cpu: Cpu
     runs: dict[int, list[Result]] = field(default_factory=dict)
     """By concurrency."""
+    cpu_ms: dict[int, list[float]] = field(default_factory=dict)
+    """CPU milliseconds a token, all processes, by concurrency."""
     idle_share: list[float] = field(default_factory=list)
     """Of one core, used while the other side was measured."""
 
@@ -85,15 +87,17 @@ def main() -> None:
 
 
 def _run(side: Side, idle: Side, concurrency: int, requests: int, start: int) -> None:
-    before = idle.total_cpu_s()
+    before, own_before = idle.total_cpu_s(), side.total_cpu_s()
     result = load.fixed_number(side.target, concurrency=concurrency, requests=requests, start=start)
     idle.idle_share.append((idle.total_cpu_s() - before) / result.seconds)
     if len(result.first_latencies) != requests:
         raise load.LoadError(f"{side.name}: {requests - len(result.first_latencies)} streams without a token")
     side.runs.setdefault(concurrency, []).append(result)
+    own_ms = 1000 * (side.total_cpu_s() - own_before) / (requests * TOKENS)
+    side.cpu_ms.setdefault(concurrency, []).append(own_ms)
     report.say(
         f"    {side.name}: {result.rate * TOKENS:,.0f} tokens/s, first token {result.first_ms(0.5):.0f} ms, "
-        f"client {result.busy:.0%} of a core, the idle side {idle.idle_share[-1]:.0%}"
+        f"{own_ms:.1f} CPU ms a token, the idle side {idle.idle_share[-1]:.0%}"
     )
 
 
@@ -172,13 +176,15 @@ def _table(ours: Side, theirs: Side, concurrencies: list[int], repeats: int) -> 
             report.spread(mine_first),
             report.spread(own_first),
             report.spread([a - b for a, b in zip(mine_first, own_first, strict=True)]),
+            report.spread(ours.cpu_ms[concurrency], 1),
+            report.spread(theirs.cpu_ms[concurrency], 1),
         ))  # fmt: skip
-    columns = (
-        "callers", "tokens/s", "vLLM's server", "ratio %", "first token ms", "vLLM's server", "difference ms"
-    )  # fmt: skip
+    columns = ("callers", "tokens/s", "server", "ratio %", "first token ms", "server", "difference ms",
+               "CPU ms/token", "server")  # fmt: skip
     idle = max(ours.idle_share + theirs.idle_share)
     notes = (
-        f"median (lowest–highest) of {repeats}, in turns; streams of {TOKENS} tokens, greedy, {MODEL}, {dict(OPTIONS)}",
+        f"median (lowest–highest) of {repeats}, in turns; server: vLLM's own; streams of {TOKENS} tokens, greedy",
+        f"{MODEL}, {dict(OPTIONS)}",
         f"both loaded at once, both with OMP_WAIT_POLICY=passive; the idle one used at most {idle:.0%} of a core",
     )
     return report.Table("vLLM through the queue and by itself", columns, rows, notes)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import Counter, Histogram
+from pydantic import BaseModel
 from typer.main import get_command
 
 import catalog
@@ -29,7 +30,7 @@ def test_every_setting_is_documented_with_its_default() -> None:
 
 def test_every_configuration_key_is_documented() -> None:
     text = (DOCS / "configuration.md").read_text()
-    wanted = {
+    wanted: dict[str, type[BaseModel]] = {
         "backends.<name>.": catalog.BackendEntry,
         "models.<name>.": catalog.ModelEntry,
         "limits.": catalog.LimitsEntry,

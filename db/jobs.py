@@ -84,6 +84,8 @@ class Claimed:
     created: int
     """Unix seconds."""
     queue_ms: float
+    was_begun: bool
+    """Whether an earlier attempt ran, counted or given back."""
 
 
 def claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | None]:
@@ -98,7 +100,7 @@ def claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claim
                      AND (deadline_at IS NULL OR deadline_at > clock_timestamp()) ORDER BY id FOR UPDATE)
           AND EXISTS (SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'dead')
         RETURNING id, attempt, payload, is_stream, backend, task, extract(epoch FROM created_at)::int,
-                  extract(epoch FROM started_at - created_at)::float8 * 1000
+                  extract(epoch FROM started_at - created_at)::float8 * 1000, attempts <> '[]'
         """,
         {"worker": worker_id, "ids": [job_id for job_id, _ in wanted]},
     )

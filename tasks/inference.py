@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 import structlog
@@ -145,22 +145,18 @@ async def _generate(worker: "Worker", attempt: Run) -> None:
     if len(attempt.outputs) == 1:
         await _sequence(worker, attempt, 0)
         return
-    async with _first_error(), asyncio.TaskGroup() as group:
-        for choice in range(len(attempt.outputs)):
-            group.create_task(_sequence(worker, attempt, choice))
-
-
-@contextlib.asynccontextmanager
-async def _first_error() -> Any:
-    """A TaskGroup's failure as the plain exception it was, the gravest first."""
     try:
-        yield
-    except* BackendDead as group:
-        raise group.exceptions[0] from None
-    except* InvalidCall as group:
-        raise group.exceptions[0] from None
-    except* BackendError as group:
-        raise group.exceptions[0] from None
+        async with asyncio.TaskGroup() as group:
+            for choice in range(len(attempt.outputs)):
+                group.create_task(_sequence(worker, attempt, choice))
+    except BaseExceptionGroup as failed:
+        raise min(failed.exceptions, key=_gravity) from None
+
+
+def _gravity(error: BaseException) -> int:
+    """Orders what choices failed of: a dead backend outweighs a refused call, and that a failed attempt."""
+    order = (BackendDead, InvalidCall, BackendError)
+    return next((rank for rank, kind in enumerate(order) if isinstance(error, kind)), len(order))
 
 
 async def _sequence(worker: "Worker", attempt: Run, choice: int) -> None:
@@ -220,7 +216,7 @@ async def _writer(worker: "Worker", attempt: Run) -> stream.Writer:
     """The job's event writer. A later attempt goes on where the events of the earlier ones end: their
     tokens are not generated again, and the caller's stream has no gap and no repeat."""
     writer = stream.Writer(attempt.job.id, worker.broadcaster)
-    if attempt.job.attempt == 1:
+    if not attempt.job.was_begun:
         return writer
     call = attempt.call
     attempt.outputs = [_output(attempt) for _ in range(len(call.token_ids) * call.n)]

@@ -32,5 +32,7 @@ class ServiceTime:
     def stats(self) -> dict[str, Any]:
         """As the heartbeat reports it."""
         return {
-            model: {name: round(value, 3) for name, value in average.items()} for model, average in self.models.items()
+            model: {name: round(value, 3) for name, value in average.items()}
+            # A copy: another thread reports while the event loop observes.
+            for model, average in list(self.models.items())
         }

@@ -162,9 +162,10 @@ class Worker:
         os._exit(EXIT_DEAD)
 
     async def _give_back(self) -> None:
+        """Stop what runs, give its jobs back, and let those finish whose results are being stored."""
         tasks = [run.task for run in self._runs.values() if run.task is not None]
-        for task in tasks:
-            task.cancel()
+        for run in list(self._runs.values()):
+            self._stop(run)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _drain_ended(self) -> list[tuple[str, ...]]:
@@ -275,6 +276,9 @@ class _Pulse:
                 log.warning("heartbeat.retry", error=type(error).__name__)
                 with contextlib.suppress(*session.DependencyDown):
                     self._connection.close()
+            except Exception:
+                # Without this thread the worker would be taken for dead.
+                log.exception("heartbeat.failed")
 
     def _leave(self) -> None:
         with self._connection.cursor() as cursor:

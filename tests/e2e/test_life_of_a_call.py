@@ -186,7 +186,8 @@ def test_a_failing_backend_is_tried_three_times_and_then_said_plainly(stack: Sta
         assert response.status_code == 502
         assert response.json()["error"]["code"] == "attempts_exhausted"
         refused = client.post("/v1/chat/completions", json=chat("x", options={"fail": "invalid"}))
-    assert refused.status_code == 400
+        several = client.post("/v1/chat/completions", json=chat("x", n=3, options={"fail": "invalid", "fail_after": 2}))
+    assert (refused.status_code, several.status_code) == (400, 400)
     attempts, attempt = stack.query("SELECT attempts, attempt FROM jobs WHERE status = 'failed' ORDER BY created_at")[0]
     assert attempt == 3
     assert [one["outcome"] for one in attempts] == ["backend_error"] * 3

@@ -77,6 +77,7 @@ class Project:
 
     folder: Path
     port: int
+    flower_port: int
     env: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -99,7 +100,7 @@ class Project:
         return ours | {
             "PYTHONPATH": str(ROOT),
             "SWITCHYARD_PORT": str(self.port),
-            "SWITCHYARD_FLOWER_PORT": str(self.port + 1),
+            "SWITCHYARD_FLOWER_PORT": str(self.flower_port),
             "COLUMNS": "200",
         }
 
@@ -130,7 +131,7 @@ def made_project() -> Iterator[Project]:
         file = folder / name
         file.parent.mkdir(exist_ok=True)
         file.write_text("\n".join(line[indent:] for line in lines) + "\n")
-    made = Project(folder, servers.free_port(None))
+    made = Project(folder, servers.free_port(None), servers.free_port(None))
     try:
         yield made
     finally:

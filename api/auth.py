@@ -4,12 +4,13 @@ A key found valid is remembered for two seconds, so a revocation takes effect wi
 """
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from api import errors
 from db import api_keys
@@ -18,6 +19,7 @@ from db.lanes import Lane, LaneDown
 
 _REMEMBERED_S = 2.0
 _MAX_REMEMBERED = 10_000
+_MAX_SECRET = 128
 
 
 class Keys:
@@ -25,20 +27,25 @@ class Keys:
 
     def __init__(self, database_url: str) -> None:
         self._lane = Lane(database_url, api_keys.verify)
-        self._known: dict[bytes, tuple[float, ApiKey]] = {}
+        self._known: dict[str, tuple[float, ApiKey]] = {}
+        """By Authorization header."""
 
-    async def verify(self, secret: str) -> ApiKey | None:
-        """The living key with this secret. Raises LaneDown: a database that is away is not a bad key."""
-        digest = api_keys.hash_of(secret)
-        known = self._known.get(digest)
+    async def verify(self, authorization: str) -> ApiKey | None:
+        """The living key that an Authorization header holds. Raises LaneDown: a database that is away is
+        not a bad key."""
+        known = self._known.get(authorization)
         if known is not None and known[0] > time.monotonic():
             return known[1]
-        self._known.pop(digest, None)
-        key = await self._lane.submit(digest)
+        self._known.pop(authorization, None)
+        scheme, _, secret = authorization.partition(" ")
+        secret = secret.strip()
+        if scheme.lower() != "bearer" or not secret.startswith(api_keys.PREFIX) or len(secret) > _MAX_SECRET:
+            return None
+        key = await self._lane.submit(api_keys.hash_of(secret))
         if key is not None:
             if len(self._known) >= _MAX_REMEMBERED:
                 self._known.clear()
-            self._known[digest] = (time.monotonic() + _REMEMBERED_S, key)
+            self._known[authorization] = (time.monotonic() + _REMEMBERED_S, key)
         return key
 
     async def close(self) -> None:
@@ -47,13 +54,9 @@ class Keys:
 
 async def authenticate(request: Request) -> ApiKey:
     """The caller of a request. Every route but the health checks depends on this."""
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    secret = secret.strip()
-    if scheme.lower() != "bearer" or not secret.startswith(api_keys.PREFIX) or len(secret) > 128:
-        raise errors.Unauthorized()
     keys: Keys = request.app.state.keys
     try:
-        key = await keys.verify(secret)
+        key = await keys.verify(request.headers.get("authorization", ""))
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if key is None:
@@ -66,15 +69,16 @@ async def authenticate(request: Request) -> ApiKey:
 class CallerRoute(APIRoute):
     """A route whose function takes (request, caller) and nothing else.
 
-    Declared and documented like any other; called without FastAPI's dependency solver, which costs 60 µs
-    of a request that otherwise needs 150.
+    Declared and documented like any other; called without FastAPI's dependency solver and exit stacks,
+    which together cost 90 µs of a request that otherwise needs 150.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        endpoint = self.endpoint
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
 
-        async def handle(request: Request) -> Response:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            request = Request(scope, receive, send)
             response: Response = await endpoint(request, await authenticate(request))
-            return response
+            await response(scope, receive, send)
 
-        return handle
+        self.app = answer

@@ -40,6 +40,8 @@ GIVE_UP_AFTER = 3
 """Restarts after which `up` reports a process instead of waiting for it."""
 
 STOP_MARGIN_S = 10.0
+VLLM_DELAY_S = 7.0
+SMALL_MACHINE_CORES = 4
 FLOWER_FILE = "flower.credentials"
 
 _console = Console(highlight=False)
@@ -144,19 +146,27 @@ def plan(
             Spec(f"gateway{i}", _python("api.server", "--index", str(i)), common, stop_s=stop_s)
             for i in range(config.gateway_processes)
         ),
-        *(
-            Spec(
-                f"worker-{name}{i}",
-                _worker(name, i, backend.entry.concurrency),
-                common | _worker_env(name),
-                stop_s=stop_s,
-            )
-            for name, backend in declared.backends.items()
-            for i in range(backend.entry.workers)
-        ),
+        *_worker_specs(declared, common, stop_s, is_vllm=False),
         Spec("reconciler", _python("tasks.reconciler"), common, stop_s=stop_s),
         Spec("flower", _flower(config.flower_port), common | {"FLOWER_BASIC_AUTH": _flower_credentials(home)}),
+        *_worker_specs(declared, common, stop_s, is_vllm=True),
     ]
+
+
+def _worker_specs(declared: Catalog, common: Mapping[str, str], stop_s: float, *, is_vllm: bool) -> Iterator[Spec]:
+    """The workers, vLLM's apart: it imports for 40 CPU seconds, and on a small machine everything that
+    starts beside it takes twice as long to answer."""
+    delay_s = VLLM_DELAY_S if is_vllm and (os.cpu_count() or 1) <= SMALL_MACHINE_CORES else 0.0
+    for name, backend in declared.backends.items():
+        if (backend.runtime == "vllm") is is_vllm:
+            for i in range(backend.entry.workers):
+                yield Spec(
+                    f"worker-{name}{i}",
+                    _worker(name, i, backend.entry.concurrency),
+                    {**common, **_worker_env(name)},
+                    stop_s=stop_s,
+                    delay_s=delay_s,
+                )
 
 
 def _server_specs(postgres: Postgres | None, valkey: Valkey | None) -> Iterator[Spec]:

@@ -51,6 +51,8 @@ class Spec:
     env: dict[str, str] = field(default_factory=dict)
     """Added to the supervisor's own environment; a server gets a bare one."""
     is_server: bool = False
+    delay_s: float = 0.0
+    """Waits this long after the process before it, at the first start only."""
     once: bool = False
     """Runs to its end; what follows starts after exit status 0."""
     postgres_data: str = ""
@@ -108,6 +110,7 @@ class Supervisor:
 
     async def _start_all(self) -> None:
         for child in self.children:
+            await asyncio.sleep(child.spec.delay_s)
             self._background(self._keep(child))
             await child.is_up.wait()
 

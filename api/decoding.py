@@ -5,6 +5,7 @@ keys, non-finite numbers, integers beyond 64 bits, NUL or lone surrogates (Postg
 within the limits of size, depth and number of values. A limit is checked before memory is spent on it.
 """
 
+import functools
 import json
 import re
 from typing import Any, NoReturn
@@ -69,6 +70,7 @@ def decode(body: bytes, limits: LimitsEntry) -> dict[str, Any]:
     return value
 
 
+@functools.lru_cache(maxsize=64)
 def _is_json(content_type: str) -> bool:
     media_type, _, parameters = content_type.lower().partition(";")
     charset = parameters.replace(" ", "").replace('"', "").strip(";")

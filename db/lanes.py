@@ -58,7 +58,7 @@ class Lane(Generic[Item, Answer]):
         self._linger_s = linger_s
         self._on_connect = on_connect
         self._name = f"switchyard-{statement.__name__}"
-        self._items: queue.SimpleQueue[tuple[Item, asyncio.Future[Answer]] | None] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[tuple[Item, asyncio.Future[Answer] | None] | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -69,6 +69,10 @@ class Lane(Generic[Item, Answer]):
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._items.put((item, future))
         return future
+
+    def send(self, item: Item) -> None:
+        """Queue `item` for whose answer nobody waits; a failure is logged."""
+        self._items.put((item, None))
 
     async def close(self) -> None:
         """Finish what was submitted, then close the connection."""
@@ -100,10 +104,16 @@ class Lane(Generic[Item, Answer]):
         if self._connection is not None:
             self._connection.close()
 
-    def _deliver(self, pairs: "list[tuple[asyncio.Future[Answer], Answer | Exception]]") -> None:
+    def _deliver(self, pairs: "list[tuple[asyncio.Future[Answer] | None, Answer | Exception]]") -> None:
+        failures = [outcome for future, outcome in pairs if future is None and isinstance(outcome, Exception)]
+        if failures:
+            log.warning("lane.lost", lane=self._name, items=len(failures), error=type(failures[0]).__name__)
+        if all(future is None for future, _ in pairs):
+            return
+
         def resolve() -> None:
             for future, outcome in pairs:
-                if future.done():
+                if future is None or future.done():
                     continue
                 if isinstance(outcome, Exception):
                     future.set_exception(outcome)

@@ -40,7 +40,7 @@ GIVE_UP_AFTER = 3
 """Restarts after which `up` reports a process instead of waiting for it."""
 
 STOP_MARGIN_S = 10.0
-VLLM_DELAY_S = 7.0
+VLLM_DELAY_S = 12.0
 SMALL_MACHINE_CORES = 4
 FLOWER_FILE = "flower.credentials"
 

@@ -154,7 +154,7 @@ def _hit_headers(hit: Hit, media_type: str) -> list[tuple[bytes, bytes]]:
 
 
 class _Stored(Response):
-    """A response from bytes as they are: Starlette's own constructor costs 12 µs of a hit's 90."""
+    """A response from bytes as they are, past Starlette's encoding of each header: this is the hottest path."""
 
     def __init__(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         self.status_code, self.body, self.background = 200, body, None

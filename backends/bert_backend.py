@@ -16,29 +16,22 @@ Options:
 """
 
 import asyncio
-import itertools
-import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from backends.base import Backend, BackendDead, BackendError, Capabilities, EncodeCall, InvalidCall
-from catalog import BackendSpec, ModelSpec, Task
-
-if TYPE_CHECKING:
-    import torch
+from backends.bert_model import BERTModel, Row
+from catalog import BackendSpec, Task
 
 log = logging.getLogger(__name__)
 
 _OPTIONS = {"dtype", "device", "max_batch_tokens", "num_threads"}
 _DTYPES = ("float32", "bfloat16")
-_PACKED = "switchyard_packed"
-_PROBE_TOKENS = 512
 
 
 class BERTBackend(Backend):
@@ -51,7 +44,7 @@ class BERTBackend(Backend):
         if unknown := set(spec.options) - _OPTIONS:
             raise ValueError(f"{spec.name}: unknown options {sorted(unknown)}")
         self._line = _Line(int(spec.options.get("max_batch_tokens", 1024)))
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str, BERTModel] = {}
         self._thread: threading.Thread | None = None
         self._death: BaseException | None = None
         self.num_forward_passes = 0
@@ -69,7 +62,7 @@ class BERTBackend(Backend):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         for model in self.spec.models:
-            self._models[model.name] = _Model(model, torch.device(device), getattr(torch, dtype))
+            self._models[model.name] = BERTModel(model, torch.device(device), getattr(torch, dtype))
         self._thread = threading.Thread(
             target=self._serve, args=(asyncio.get_running_loop(),), name="bert-forward", daemon=True
         )
@@ -107,7 +100,7 @@ class BERTBackend(Backend):
         similarities: np.ndarray = rows[1:] @ rows[0]
         return similarities
 
-    def _model(self, call: EncodeCall, task: Task) -> "_Model":
+    def _model(self, call: EncodeCall, task: Task) -> BERTModel:
         model = self._models.get(call.model)
         if model is None:
             raise InvalidCall(f"{self.spec.name} holds no model {call.model!r}")
@@ -116,7 +109,7 @@ class BERTBackend(Backend):
         model.check(call)
         return model
 
-    async def _run(self, model: "_Model", call: EncodeCall) -> np.ndarray:
+    async def _run(self, model: BERTModel, call: EncodeCall) -> np.ndarray:
         """float32 [inputs, outputs of the model], once the last of the call's sequences is computed."""
         self.check_health()
         work = _Work(model, call.inputs, call.type_ids, asyncio.get_running_loop().create_future())
@@ -166,7 +159,7 @@ class BERTBackend(Backend):
 class _Work:
     """One call on its way through the batches."""
 
-    model: "_Model"
+    model: BERTModel
     inputs: list[list[int]]
     type_ids: list[list[int]] | None
     future: "asyncio.Future[np.ndarray]"
@@ -179,6 +172,10 @@ class _Work:
         self.order = sorted(range(len(self.inputs)), key=lambda index: len(self.inputs[index]))
         self.num_left = len(self.inputs)
 
+    def item(self, index: int) -> "_Item":
+        type_ids = self.type_ids[index] if self.type_ids else None
+        return _Item(self.inputs[index], type_ids, work=self, index=index)
+
     def store(self, index: int, row: np.ndarray) -> None:
         if self.rows is None:
             self.rows = np.empty((len(self.inputs), len(row)), np.float32)
@@ -187,23 +184,11 @@ class _Work:
 
 
 @dataclass(slots=True)
-class _Item:
+class _Item(Row):
     """One sequence of a call in a batch."""
 
-    work: _Work
-    index: int
-
-    @property
-    def ids(self) -> list[int]:
-        return self.work.inputs[self.index]
-
-    @property
-    def type_ids(self) -> list[int]:
-        return self.work.type_ids[self.index] if self.work.type_ids else [0] * len(self.ids)
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
+    work: _Work = field(kw_only=True)
+    index: int = field(kw_only=True)
 
 
 class _Line:
@@ -277,7 +262,7 @@ class _Room:
         """Take sequences of `work`, about `share` tokens of them. False if the next one does not fit."""
         taken = 0
         while work.order and taken < share:
-            item = _Item(work, work.order[-1])
+            item = work.item(work.order[-1])
             if self.items and self._cost_with(item.length) > self._max_tokens:
                 return False
             work.order.pop()
@@ -291,261 +276,6 @@ class _Room:
         if self._is_packed:
             return self._num_tokens + length
         return max(self._longest, length) * (len(self.items) + 1)
-
-
-class _Model:
-    """One model in memory: a batch of sequences in, a row of output per sequence out."""
-
-    def __init__(self, spec: ModelSpec, device: "torch.device", dtype: "torch.dtype") -> None:
-        from transformers import AutoModel, AutoModelForSequenceClassification
-
-        self.spec = spec
-        self._is_classifier = spec.is_cross_encoder or "classify" in spec.tasks
-        loader: Any = AutoModelForSequenceClassification if self._is_classifier else AutoModel
-        # float32 first: the probe below compares two paths more sharply than bfloat16 could.
-        self._model: Any = loader.from_pretrained(
-            spec.path, dtype="float32", use_safetensors=True, trust_remote_code=False, local_files_only=True
-        ).eval()
-        self._config: Any = self._model.config
-        self._num_types = getattr(self._config, "type_vocab_size", 0) or 1
-        self._pooling, self._is_normalised = ((), False) if self._is_classifier else _sentence_modules(Path(spec.path))
-        self._position_offset = 0
-        self.is_packed = self._probe()
-        self._model.to(device=device, dtype=dtype)
-        self._device = device
-        self.dimension: int = self.run(self._probe_batch()).shape[1]
-
-    def check(self, call: EncodeCall) -> None:
-        """Refuse what would fail in a forward pass, where it would take other calls down with it."""
-        if not call.inputs or not all(call.inputs):
-            raise InvalidCall("every input needs at least one token")
-        longest = max(map(len, call.inputs))
-        if longest > self.spec.context_length:
-            raise InvalidCall(f"an input has {longest} tokens, {call.model} takes {self.spec.context_length}")
-        if not _within(call.inputs, self._config.vocab_size):
-            raise InvalidCall(f"a token id is outside the vocabulary of {call.model}")
-        if call.type_ids is not None and list(map(len, call.type_ids)) != list(map(len, call.inputs)):
-            raise InvalidCall("type_ids must have the lengths of the inputs")
-        if call.type_ids is not None and not _within(call.type_ids, self._num_types):
-            raise InvalidCall(f"{call.model} has {self._num_types} segment types")
-
-    def run(self, batch: Sequence[_Item]) -> np.ndarray:
-        """float32 [sequences, outputs] for a batch sorted by length."""
-        import torch
-
-        with torch.inference_mode():
-            return self._activated(self._scores(batch)).cpu().numpy()
-
-    def _scores(self, batch: Sequence[_Item]) -> "torch.Tensor":
-        return self._packed(batch) if self.is_packed else self._padded(batch)
-
-    def _activated(self, scores: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
-        if not self._is_classifier:
-            return torch.nn.functional.normalize(scores, dim=-1) if self._is_normalised else scores
-        if self.spec.is_cross_encoder or self._config.problem_type == "multi_label_classification":
-            return scores.sigmoid()
-        return scores.softmax(dim=-1)
-
-    def _packed(self, batch: Sequence[_Item]) -> "torch.Tensor":
-        lengths = np.array([item.length for item in batch])
-        starts = lengths.cumsum() - lengths
-        positions = np.arange(lengths.sum()) - np.repeat(starts, lengths) + self._position_offset
-        states = self._model.base_model(
-            input_ids=self._tensor(itertools.chain.from_iterable(item.ids for item in batch), len(positions))[None],
-            position_ids=self._tensor(positions, len(positions))[None],
-            groups=[(len(list(same)), length) for length, same in itertools.groupby(lengths.tolist())],
-            **self._types(batch, lambda rows: self._tensor(itertools.chain.from_iterable(rows), len(positions))[None]),
-        ).last_hidden_state[0]
-        if not self._is_classifier:
-            return _pooled(states, self._tensor(lengths, len(lengths)), self._pooling)
-        # A head reads the first state of each row: rows of one state each are all it needs.
-        first = states[self._tensor(starts, len(starts))][:, None]
-        pooler = getattr(self._model.base_model, "pooler", None)
-        scores: torch.Tensor = self._model.classifier(pooler(first) if pooler else first).float()
-        return scores
-
-    def _padded(self, batch: Sequence[_Item]) -> "torch.Tensor":
-        width = max(item.length for item in batch)
-        mask = self._grid([[1] * item.length for item in batch], width)
-        output = self._model(
-            input_ids=self._grid([item.ids for item in batch], width, self._config.pad_token_id or 0),
-            attention_mask=mask,
-            **self._types(batch, lambda rows: self._grid(rows, width)),
-        )
-        if self._is_classifier:
-            logits: torch.Tensor = output.logits.float()
-            return logits
-        return _pooled(output.last_hidden_state[mask.bool()], mask.sum(dim=1), self._pooling)
-
-    def _types(self, batch: Sequence[_Item], shape: "Callable[[list[list[int]]], torch.Tensor]") -> dict[str, Any]:
-        """Not every architecture takes segment ids, and those that do assume 0."""
-        if self._num_types == 1 or not any(item.work.type_ids for item in batch):
-            return {}
-        return {"token_type_ids": shape([item.type_ids for item in batch])}
-
-    def _tensor(self, values: Iterable[int], count: int) -> "torch.Tensor":
-        import torch
-
-        return torch.from_numpy(np.fromiter(values, np.int64, count)).to(self._device)
-
-    def _grid(self, rows: list[list[int]], width: int, fill: int = 0) -> "torch.Tensor":
-        import torch
-
-        grid = [row + [fill] * (width - len(row)) for row in rows]
-        return torch.tensor(grid, device=self._device)
-
-    def _probe(self) -> bool:
-        """Whether packing gives this model's own padded scores; sets the position offset that does."""
-        import torch
-
-        self._device = torch.device("cpu")
-        batch = self._probe_batch()
-        with torch.inference_mode():
-            expected = self._padded(batch).numpy()
-            for offset in self._position_offsets():
-                self._position_offset = offset
-                if self._packs_like(batch, expected):
-                    return True
-        log.info("model_is_padded", extra={"model": self.spec.name})
-        return False
-
-    def _probe_batch(self) -> "list[_Item]":
-        """Sequences of several lengths, the longest long enough to show a sliding window."""
-        vocabulary, padding = self._config.vocab_size, self._config.pad_token_id
-        ids = [token for step in range(2 * _PROBE_TOKENS) if (token := step * 7919 % vocabulary) != padding]
-        lengths = sorted({min(length, self.spec.context_length) for length in (3, 8, _PROBE_TOKENS)})
-        work = _Work(self, [ids[:length] for length in lengths], None, asyncio.get_running_loop().create_future())
-        return [_Item(work, index) for index in range(len(lengths))]
-
-    def _position_offsets(self) -> list[int]:
-        """RoBERTa and its kin number positions from their padding id + 1."""
-        if not self._model._supports_attention_backend:  # noqa: SLF001 - the library offers no public question
-            return []
-        return [0, (self._config.pad_token_id or 0) + 1]
-
-    def _packs_like(self, batch: Sequence[_Item], expected: np.ndarray) -> bool:
-        padded_attention = self._config._attn_implementation  # noqa: SLF001 - nor here
-        self._model.set_attn_implementation(_packed_attention_name())
-        try:
-            scores = self._packed(batch).numpy()
-            if np.allclose(scores, expected, rtol=1e-3, atol=1e-3 * float(np.abs(expected).max())):
-                return True
-        except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-            log.debug("model_cannot_be_packed", extra={"model": self.spec.name, "reason": str(error)})
-        self._model.set_attn_implementation(padded_attention)
-        return False
-
-
-def _within(rows: list[list[int]], end: int) -> bool:
-    return min(map(min, rows)) >= 0 and max(map(max, rows)) < end
-
-
-def _packed_attention_name() -> str:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_PACKED, _packed_attention)
-    return _PACKED
-
-
-def _packed_attention(
-    _module: Any,
-    query: "torch.Tensor",
-    key: "torch.Tensor",
-    value: "torch.Tensor",
-    _mask: "torch.Tensor | None",
-    *,
-    groups: list[tuple[int, int]],
-    scaling: float | None = None,
-    **_: Any,
-) -> "tuple[torch.Tensor, None]":
-    """Attention inside each sequence of one packed row, a call per length: [1, heads, tokens, size] in,
-    [1, tokens, heads, size] out. `groups` counts the sequences of each length in their order in the row."""
-    import torch
-
-    num_heads, size = query.shape[1], query.shape[3]
-    rows = [states.transpose(1, 2)[0] for states in (query, key, value)]
-    outputs = []
-    start = 0
-    for count, length in groups:
-        end = start + count * length
-        q, k, v = (states[start:end].view(count, length, num_heads, size).transpose(1, 2) for states in rows)
-        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
-        outputs.append(attended.transpose(1, 2).reshape(end - start, num_heads, size))
-        start = end
-    return torch.cat(outputs)[None], None
-
-
-def _sentence_modules(folder: Path) -> tuple[tuple[str, ...], bool]:
-    """Pooling modes and whether rows are normalised, from a sentence-transformers folder.
-
-    A folder without modules.json gets what sentence-transformers gives it: the mean, not normalised.
-    """
-    if not (folder / "modules.json").exists():
-        return ("mean",), False
-    modules = {m["type"].rpartition(".")[2]: m["path"] for m in json.loads((folder / "modules.json").read_text())}
-    if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
-        raise ValueError(f"{folder}: modules {sorted(unknown)} are not supported")
-    if "Pooling" not in modules:
-        return ("mean",), "Normalize" in modules
-    config = json.loads((folder / modules["Pooling"] / "config.json").read_text())
-    return _pooling_modes(config), "Normalize" in modules
-
-
-def _pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
-    if "pooling_mode" in config:
-        modes = config["pooling_mode"]
-        modes = (modes,) if isinstance(modes, str) else tuple(modes)
-    else:
-        modes = tuple(mode for mode in _POOLINGS if config.get(_LEGACY_KEYS.get(mode, f"pooling_mode_{mode}_tokens")))
-    if unknown := set(modes) - set(_POOLINGS):
-        raise ValueError(f"pooling modes {sorted(unknown)} are not supported")
-    return modes or ("mean",)
-
-
-_LEGACY_KEYS = {
-    "cls": "pooling_mode_cls_token",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
-
-
-def _pooled(states: "torch.Tensor", lengths: "torch.Tensor", modes: tuple[str, ...]) -> "torch.Tensor":
-    """float32 [sequences, modes x hidden] of packed states [tokens, hidden]."""
-    import torch
-
-    return torch.cat([_POOLINGS[mode](states.float(), lengths) for mode in modes], dim=-1)
-
-
-def _reduce(how: str) -> "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]":
-    def pool(states: "torch.Tensor", lengths: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
-        return torch.segment_reduce(states, how, lengths=lengths, axis=0)
-
-    return pool
-
-
-def _weighted_mean(states: "torch.Tensor", lengths: "torch.Tensor") -> "torch.Tensor":
-    """Later tokens weigh more: the i-th, from 1, weighs i."""
-    import torch
-
-    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    weights = (torch.arange(len(states), device=states.device) - starts + 1).to(states.dtype)
-    total = (lengths * (lengths + 1) / 2).to(states.dtype)
-    return torch.segment_reduce(states * weights[:, None], "sum", lengths=lengths, axis=0) / total[:, None]
-
-
-_POOLINGS: "dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]" = {
-    "cls": lambda states, lengths: states[lengths.cumsum(0) - lengths],
-    "max": _reduce("max"),
-    "mean": _reduce("mean"),
-    "mean_sqrt_len_tokens": lambda states, lengths: _reduce("sum")(states, lengths) / lengths[:, None].sqrt(),
-    "weightedmean": _weighted_mean,
-    "lasttoken": lambda states, lengths: states[lengths.cumsum(0) - 1],
-}
-"""In the order in which sentence-transformers concatenates several."""
 
 
 def _normalised(rows: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 
 import catalog
 import settings
-from backends import bert_backend
+from backends import bert_model
 from backends.base import BackendDead, BackendError, EncodeCall, InvalidCall
 from backends.bert_backend import BERTBackend
 from local import banking77
@@ -177,7 +177,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Gate]:
 
 @pytest.fixture
 def install(gate: _Gate, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(bert_backend._Model, "run", gate.wrap(bert_backend._Model.run))
+    return lambda: monkeypatch.setattr(bert_model.BERTModel, "run", gate.wrap(bert_model.BERTModel.run))
 
 
 @pytest.fixture(scope="module")

@@ -69,8 +69,8 @@ async def authenticate(request: Request) -> ApiKey:
 class CallerRoute(APIRoute):
     """A route whose function takes (request, caller) and nothing else.
 
-    Declared and documented like any other; called without FastAPI's dependency solver and exit stacks,
-    which together cost 90 µs of a request that otherwise needs 150.
+    Declared and documented like any other; called without FastAPI's dependency solver and exit stacks:
+    by profile, 60 µs of a request that otherwise needs 150.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:

@@ -206,7 +206,7 @@ class Gateway:
     def model_state(self, model: ModelSpec) -> str:
         """ready, loading or down, by the best of the model's backends."""
         loads = [self.loads.get(name, Load()) for name in model.entry.backends]
-        if any(load.ready for load in loads):
+        if any(load.is_ready for load in loads):
             return "ready"
         return "loading" if any(load.is_loading for load in loads) else "down"
 
@@ -347,7 +347,7 @@ class Gateway:
         lives, depths = await self._surveys.submit(None)
         nothing = Depth(0, 0, 0, 0.0)
         self.loads = {
-            name: Load(tuple(life for life in lives if life.backend == name), depths.get(name, nothing))
+            name: Load.of((life for life in lives if life.backend == name), depths.get(name, nothing))
             for name in self.catalog.backends
         }
         self.surveyed_at = time.monotonic()

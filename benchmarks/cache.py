@@ -2,23 +2,30 @@
 
     python -m benchmarks.cache [--repeats 3] [--quick] [--json FILE]
 
-A hit (`x-cache: HIT` is checked on each) reads and checks the request, verifies the key, asks Postgres
-and accounts for the answer; the bare route reads nothing at all. Both run under uvicorn with the same
-settings, in turns, under the same load generator.
+`x-cache: HIT` is checked on each answer. The hot entry is asked for over and over, so Postgres confirms
+it once a second; the ten thousand others come in turns, each so rarely that it is looked up in Postgres
+each time. The bare route reads nothing at all. All run under uvicorn with the same settings, in turns,
+under the same load generator.
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 
-from benchmarks import peers, report, stack
+from benchmarks import load, peers, report, stack
 from benchmarks.contender import Contender, first_answer
 from benchmarks.load import Target
 from local import servers
 
-BODY = json.dumps(
-    {"model": "echo", "temperature": 0, "messages": [{"role": "user", "content": "What does a cache hit cost?"}]}
-)
+
+def _body(text: str) -> str:
+    return json.dumps({"model": "echo", "temperature": 0, "messages": [{"role": "user", "content": text}]})
+
+
+HOT = _body("What does a cache hit cost?")
+MANY = _body("What does hit {number} cost?")
+NUM_KEYS = 10_000
 CONCURRENCY = 64
 RATE = 100.0
 AIM = "aim: a hit at half the bare route's rate or better"
@@ -39,23 +46,27 @@ def main() -> None:
     made.save(args.json)
 
 
-def _contenders(exits: contextlib.ExitStack) -> tuple[Contender, Contender]:
+def _contenders(exits: contextlib.ExitStack) -> tuple[Contender, Contender, Contender]:
     report.say("starting the stack and the bare route")
     running = exits.enter_context(stack.running(stack.ECHO))
-    hit = Target(running.port, BODY, headers=running.headers(), expected=b"x-cache: hit")
+    hit = Target(running.port, HOT, headers=running.headers(), expected=b"x-cache: hit")
     answer = running.home / "answer.json"
     answer.write_bytes(first_answer(hit))
+    report.say(f"filling the cache with {NUM_KEYS:,} entries")
+    load.fixed_number(Target(running.port, MANY, headers=running.headers()), concurrency=64, requests=NUM_KEYS)
+    many = dataclasses.replace(hit, body=MANY, num_bodies=NUM_KEYS)
     port = servers.free_port(None)
     argv = [sys.executable, "-m", "benchmarks.bare", str(port), str(answer)]
     process = exits.enter_context(peers.process(argv, f"http://127.0.0.1:{port}/", running.home / "bare.log"))
-    bare = Target(port, BODY, headers=running.headers())
+    bare = Target(port, HOT, headers=running.headers())
     return (
-        Contender("cache hit", hit, running.cpu_s),
+        Contender("hot entry", hit, running.cpu_s),
+        Contender(f"{NUM_KEYS:,} entries in turns", many, running.cpu_s),
         Contender("bare FastAPI route", bare, lambda: {"bare": stack.cpu_s(process.pid)}),
     )
 
 
-def _summary(hit: Contender, bare: Contender, repeats: int) -> report.Table:
+def _summary(hot: Contender, many: Contender, bare: Contender, repeats: int) -> report.Table:
     closed, opened = f"{CONCURRENCY} callers", f"{RATE:g}/s"
     rows: list[tuple[report.Cell, ...]] = [
         (
@@ -67,13 +78,14 @@ def _summary(hit: Contender, bare: Contender, repeats: int) -> report.Table:
             report.spread(one.latencies_ms(opened, 0.99), 2),
             report.spread(one.total_cpu_ms(closed), 3),
         )
-        for one in (hit, bare)
+        for one in (hot, many, bare)
     ]
-    shares = [100 * mine / least for mine, least in zip(hit.rates(closed), bare.rates(closed), strict=True)]
-    spent = zip(hit.cpu_ms_of(closed, "gateway0"), bare.total_cpu_ms(closed), strict=True)
-    costs = [100 * least / mine for mine, least in spent]
-    rows.append(("hit as a share of bare, %", report.spread(shares, 1), *[None] * 5))
-    rows.append(("by CPU of the process, %", report.spread(costs, 1), *[None] * 5))
+    for hit in (hot, many):
+        shares = [100 * mine / least for mine, least in zip(hit.rates(closed), bare.rates(closed), strict=True)]
+        rows.append((f"{hit.name}: share of bare, %", report.spread(shares, 1), *[None] * 5))
+        spent = zip(hit.cpu_ms_of(closed, "gateway0"), bare.total_cpu_ms(closed), strict=True)
+        costs = [100 * least / mine for mine, least in spent]
+        rows.append((f"{hit.name}: by CPU of the gateway, %", report.spread(costs, 1), *[None] * 5))
     columns = ("", "req/s", "p50 ms", "p99 ms", f"p50 ms at {opened}", f"p99 ms at {opened}", "CPU ms/req")
     notes = (f"{closed} unless said otherwise; median (lowest–highest) of {repeats}, in turns", AIM)
     return report.Table("Cache hit, one gateway process", columns, rows, notes)

@@ -42,6 +42,8 @@ class Target:
     """In lower case: what the head of every answer must contain."""
     first: "re.Pattern[bytes] | None" = None
     """Of a stream: what an answer contains from its first token on."""
+    num_bodies: int = 10**12
+    """After so many different requests the first comes again."""
 
     def request(self, number: int) -> bytes:
         """One whole request."""
@@ -229,7 +231,7 @@ class _Pool:
 
     def send(self, connection: _Connection, since: float) -> None:
         """Send the next request; its latency counts from `since`."""
-        number = b"%012d" % self._number
+        number = b"%012d" % (self._number % self._target.num_bodies)
         self._number += 1
         request = number.join([self._before, *self._others])
         connection.begin(since)

@@ -4,7 +4,7 @@ A candidate is a (model, backend) pair. Each is dropped for a reason or scored w
 which it is expected to finish the call; the lowest score wins. The whole Decision is kept on the job.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.base import Capabilities
@@ -22,29 +22,35 @@ _UNKNOWN_TOKENS = 128.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A backend as it stands: its workers and its queue. Refreshed twice a second."""
+    """A backend as it stands: its workers and its queue. Refreshed twice a second, read by every call."""
 
     lives: tuple[Life, ...] = ()
     depth: Depth = Depth(0, 0, 0, 0.0)
+    is_ready: bool = False
+    is_loading: bool = False
+    slots: int = 0
+    """Of the workers that are ready."""
+    service: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Each model's measured times, averaged over the ready workers that have any."""
 
-    @property
-    def ready(self) -> list[Life]:
-        return [life for life in self.lives if life.state == "ready"]
+    @classmethod
+    def of(cls, lives: Iterable[Life], depth: Depth) -> "Load":
+        lives = tuple(lives)
+        ready = [life for life in lives if life.state == "ready"]
+        measured = [life.stats.get("service", {}) for life in ready]
+        return cls(
+            lives=lives,
+            depth=depth,
+            is_ready=bool(ready),
+            is_loading=any(life.state == "loading" for life in lives),
+            slots=sum(life.slots for life in ready),
+            service={model: _mean([one[model] for one in measured if model in one])
+                     for model in {name: None for one in measured for name in one}},
+        )  # fmt: skip
 
-    @property
-    def is_loading(self) -> bool:
-        return any(life.state == "loading" for life in self.lives)
 
-    @property
-    def slots(self) -> int:
-        return sum(life.slots for life in self.ready)
-
-    def service(self, model: str) -> dict[str, float] | None:
-        """The model's measured times, averaged over the workers that have any."""
-        seen = [life.stats["service"][model] for life in self.ready if model in life.stats.get("service", {})]
-        if not seen:
-            return None
-        return {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}
+def _mean(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(one[name] for one in times) / len(times) for name in times[0]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +130,7 @@ def _candidate(
     if isinstance(ready, str):
         return Candidate(model.name, backend.name, dropped=ready)
     load = loads.get(backend.name, Load())
-    if not load.ready:
+    if not load.is_ready:
         return Candidate(model.name, backend.name, dropped="loading" if load.is_loading else "no_worker")
     if load.depth.num_queued >= backend.entry.max_queued:
         return Candidate(model.name, backend.name, dropped="queue_full")
@@ -147,7 +153,7 @@ def unsupported_parameter(call: Call, capabilities: Capabilities, runtime: str) 
 
 def _score(call: Call, model: ModelSpec, load: Load) -> tuple[float, dict[str, float]]:
     """Expected milliseconds until the answer: the wait for a slot, then the run."""
-    seen = load.service(model.name)
+    seen = load.service.get(model.name)
     sequences = max(len(call.token_ids), 1) * call.n if call.task == "generate" else 1
     if call.task == "generate":
         seen = seen or {"ttft_ms": _UNKNOWN_RUN_MS, "token_ms": _UNKNOWN_TOKEN_MS, "tokens": _UNKNOWN_TOKENS}
@@ -166,7 +172,7 @@ def _score(call: Call, model: ModelSpec, load: Load) -> tuple[float, dict[str, f
         "num_queued": load.depth.num_queued,
         "num_running": load.depth.num_running,
         "slots": load.slots,
-        "is_measured": float(load.service(model.name) is not None),
+        "is_measured": float(model.name in load.service),
     }
     return wait_ms + run_ms, facts
 

@@ -1,11 +1,13 @@
 """A running Switchyard for tests: real Postgres, real Redis protocol, real processes, real sockets."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +118,10 @@ class Stack:
         headers = {"Authorization": f"Bearer {secret or self.secret}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s)
 
+    def read_stream(self, path: str, body: dict[str, Any], **headers: str) -> "StreamReader":
+        """Ask for a stream and read it in the background."""
+        return StreamReader(self.client(timeout_s=300), path, body, headers)
+
     def wait_until(self, condition: Callable[[], bool], what: str, within_s: float = 20) -> None:
         """Poll a condition of the outside world; a process that died meanwhile fails the wait at once."""
         deadline = time.monotonic() + within_s
@@ -146,6 +152,51 @@ class Stack:
     def _serves(self, backend: str) -> bool:
         models = httpx.get(f"{self.url}/v1/models", headers={"Authorization": f"Bearer {self.secret}"}).json()["data"]
         return all(model["state"] == "ready" for model in models if model["backends"] == [backend])
+
+
+class StreamReader:
+    """A client that reads a stream in a thread of its own, while the test does something to the servers."""
+
+    def __init__(self, client: httpx.Client, path: str, body: dict[str, Any], headers: dict[str, str]) -> None:
+        self.lines: list[str] = []
+        self._error: Exception | None = None
+        self._request = (client, path, body, headers)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def wait_for(self, num_lines: int, within_s: float = 60) -> None:
+        """Until that many lines have arrived."""
+        deadline = time.monotonic() + within_s
+        while len(self.lines) < num_lines:
+            assert self._thread.is_alive(), f"the stream ended after {len(self.lines)} lines: {self._error}"
+            assert time.monotonic() < deadline, f"{len(self.lines)} of {num_lines} lines within {within_s} s"
+            time.sleep(0.01)
+
+    def finish(self, within_s: float = 60) -> list[dict[str, Any]]:
+        """Wait for the end; the frames before `[DONE]`, after a check that their ids count from 1 without a gap."""
+        self._thread.join(within_s)
+        assert not self._thread.is_alive(), f"the stream did not end within {within_s} s"
+        if self._error is not None:
+            raise self._error
+        frames = [line.removeprefix("data: ") for line in self.lines if line.startswith("data: ")]
+        assert frames[-1] == "[DONE]", frames[-1]
+        numbers = [int(line.removeprefix("id: ")) for line in self.lines if line.startswith("id: ")]
+        assert numbers == list(range(1, len(numbers) + 1))
+        return [json.loads(frame) for frame in frames[:-1]]
+
+    def text(self, within_s: float = 60) -> str:
+        """All deltas of a one-choice stream in one string."""
+        choices = [choice for frame in self.finish(within_s) for choice in frame["choices"]]
+        return "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices)
+
+    def _read(self) -> None:
+        client, path, body, headers = self._request
+        try:
+            with client, client.stream("POST", path, json=body | {"stream": True}, headers=headers) as response:
+                for line in response.iter_lines():
+                    self.lines.append(line)
+        except Exception as error:
+            self._error = error
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """What the wire models share: their strictness, the bounds of common fields, and texts in their forms."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,12 +23,12 @@ class WireModel(BaseModel):
     nothing. Looked at only when validation has failed, so that they cost other requests nothing."""
 
 
-class CallModel(WireModel):
+class CallModel(WireModel, ABC):
     """The body of an inference endpoint."""
 
+    @abstractmethod
     def to_call(self) -> Call:
         """The same value for every body that means the same."""
-        raise NotImplementedError
 
 
 NOTHING = (None,)

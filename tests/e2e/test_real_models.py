@@ -4,8 +4,6 @@ fp32 and greedy, so that an answer can be compared word for word with an undistu
 """
 
 import base64
-import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -154,31 +152,12 @@ def test_a_stream_survives_the_death_of_its_worker(stack: Stack, backend: str) -
     asked = chat(f"on-{backend}", "Tell me a long story about a river and a mill.", max_tokens=120)
     with stack.client(timeout_s=300) as client:
         undisturbed = text_of(client.post("/v1/chat/completions", json=asked, headers={"Cache-Control": "no-store"}))
-    got: list[str] = []
-    begun = threading.Event()
-
-    def read() -> None:
-        with stack.client(timeout_s=300) as client:
-            no_store = {"Cache-Control": "no-store"}
-            with client.stream(
-                "POST", "/v1/chat/completions", json=asked | {"stream": True}, headers=no_store
-            ) as response:
-                for line in response.iter_lines():
-                    got.append(line)
-                    if len(got) > 24:
-                        begun.set()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert begun.wait(60)
+    stream = stack.read_stream("/v1/chat/completions", asked, **{"Cache-Control": "no-store"})
+    stream.wait_for(24)
     children = psutil.Process(stack.processes[backend].pid).children(recursive=True)
     stack.kill(backend)
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive, "a worker's children must not outlive it"
     stack.start_worker(backend, wait_s=240)
-    reader.join(200)
-    frames = [line.removeprefix("data: ") for line in got if line.startswith("data: ")]
-    assert frames[-1] == "[DONE]"
-    streamed = "".join(json.loads(frame)["choices"][0]["delta"].get("content", "") for frame in frames[:-1])
-    assert streamed == undisturbed
+    assert stream.text(within_s=200) == undisturbed
     assert stack.query("SELECT attempt FROM jobs WHERE is_stream ORDER BY created_at DESC LIMIT 1") == [(2,)]

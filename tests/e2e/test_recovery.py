@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,28 +55,12 @@ def test_a_killed_workers_jobs_are_run_again_and_stored_once(stack: Stack) -> No
 
 def test_a_stream_goes_on_where_the_dead_worker_stopped(stack: Stack) -> None:
     text = "the quick brown fox jumps over the lazy dög €uro 😀 " * 2
-    body = {"model": "echo", "prompt": text, "max_tokens": 1000, "stream": True, "options": {"token_ms": 25}}
-    got: list[str] = []
-    seen = threading.Event()
-
-    def read() -> None:
-        with stack.client(timeout_s=60) as client, client.stream("POST", "/v1/completions", json=body) as response:
-            for line in response.iter_lines():
-                got.append(line)
-                if len(got) > 30:
-                    seen.set()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert seen.wait(20)
+    body = {"model": "echo", "prompt": text, "max_tokens": 1000, "options": {"token_ms": 25}}
+    stream = stack.read_stream("/v1/completions", body)
+    stream.wait_for(30)
     stack.kill("echo")
     stack.start_worker("echo")
-    reader.join(60)
-    frames = [line.removeprefix("data: ") for line in got if line.startswith("data: ")]
-    assert frames[-1] == "[DONE]"
-    assert "".join(json.loads(frame)["choices"][0]["text"] for frame in frames[:-1]) == text
-    numbers = [int(line.removeprefix("id: ")) for line in got if line.startswith("id: ")]
-    assert numbers == list(range(1, len(numbers) + 1))
+    assert stream.text() == text
     assert stack.query("SELECT attempt, (usage ->> 'completion_tokens')::int FROM jobs") == [(2, len(text.encode()))]
 
 
@@ -85,29 +68,13 @@ def test_a_stream_goes_on_when_its_worker_is_replaced(stack: Stack) -> None:
     stack.environment["SWITCHYARD_DRAIN_S"] = "0.3"
     stack.stop("echo")
     stack.start_worker("echo", "old")
-    body = {"model": "echo", "prompt": "a text that outlasts the drain " * 3, "stream": True, "max_tokens": 1000}
-    got: list[str] = []
-    seen = threading.Event()
-
-    def read() -> None:
-        slow = body | {"options": {"token_ms": 30}}
-        with stack.client(timeout_s=60) as client, client.stream("POST", "/v1/completions", json=slow) as response:
-            for line in response.iter_lines():
-                got.append(line)
-                if len(got) > 30:
-                    seen.set()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert seen.wait(20)
+    text = "a text that outlasts the drain " * 3
+    body = {"model": "echo", "prompt": text, "max_tokens": 1000, "options": {"token_ms": 30}}
+    stream = stack.read_stream("/v1/completions", body)
+    stream.wait_for(30)
     stack.start_worker("echo", "new")
     assert stack.stop("old") == 0
-    reader.join(60)
-    frames = [line.removeprefix("data: ") for line in got if line.startswith("data: ")]
-    assert frames[-1] == "[DONE]"
-    assert "".join(json.loads(frame)["choices"][0]["text"] for frame in frames[:-1]) == body["prompt"]
-    numbers = [int(line.removeprefix("id: ")) for line in got if line.startswith("id: ")]
-    assert numbers == list(range(1, len(numbers) + 1))
+    assert stream.text() == text
     assert stack.query("SELECT attempt, jsonb_array_length(attempts) FROM jobs") == [(1, 1)]
 
 

@@ -40,7 +40,7 @@ def life(backend: str, token_ms: float | None = None, state: str = "ready", slot
 
 
 def load(*lives: Life, queued: int = 0, running: int = 0) -> Load:
-    return Load(lives, Depth(queued, running, 0, 0.0))
+    return Load.of(lives, Depth(queued, running, 0, 0.0))
 
 
 def call(model: str = "both", **fields: Any) -> Call:

@@ -1,8 +1,12 @@
 """Celery's settings, and only Celery's. Postgres is the truth; what travels here are hints."""
 
+from kombu import Queue
+
+import catalog
 import settings
 
 _settings = settings.load()
+_catalog = catalog.load(_settings.config, _settings.models_dir)
 
 broker_url = _settings.redis_url
 broker_connection_retry_on_startup = True
@@ -17,6 +21,10 @@ broker_transport_options = {
     "health_check_interval": 5,
 }
 broker_connection_max_retries = None
+
+# One queue per backend. Workers name theirs with -Q; Flower shows these from its first second on.
+task_queues = [Queue(name) for name in _catalog.backends]
+task_default_queue = task_queues[0].name
 
 accept_content = ["json"]
 task_serializer = "json"

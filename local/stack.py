@@ -192,7 +192,7 @@ def _python(module: str, *arguments: str) -> list[str]:
 def _worker(backend: str, index: int, concurrency: int) -> list[str]:
     name = f"{backend}{index}@%h"
     pool = ["-P", "custom", "-c", str(concurrency)]
-    quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-l", "WARNING"]
+    quiet = ["--without-gossip", "--without-mingle", "-l", "WARNING"]
     return [*_python("celery"), "-A", "tasks", "worker", *pool, "-Q", backend, "-n", name, "-E", *quiet]
 
 

@@ -18,7 +18,7 @@ import httpx
 from db import api_keys, migrate, session
 
 ROOT = Path(__file__).parent.parent
-CELERY_OPTIONS = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-l", "WARNING"]
+CELERY_OPTIONS = ["--without-gossip", "--without-mingle", "-l", "WARNING"]
 
 
 class Stack:

@@ -146,8 +146,7 @@ def test_the_plan_has_a_process_for_each_worker_and_gateway(tmp_path: Path, decl
     ]  # fmt: skip
     worker = plan["worker-a1"]
     assert " ".join(worker.argv[1:]) == (
-        "-m celery -A tasks worker -P custom -c 7 -Q a -n a1@%h -E "
-        "--without-gossip --without-mingle --without-heartbeat -l WARNING"
+        "-m celery -A tasks worker -P custom -c 7 -Q a -n a1@%h -E --without-gossip --without-mingle -l WARNING"
     )
     assert worker.env["SWITCHYARD_BACKEND"] == "a"
     assert worker.env["CELERY_CUSTOM_WORKER_POOL"] == "tasks.pool:TaskPool"

@@ -50,3 +50,7 @@ def test_a_message_shows_nothing_but_ids() -> None:
     (job_id, version), kwargs, _ = json.loads(base64.b64decode(message["body"]))
     assert str(uuid.UUID(job_id)) == message["headers"]["id"]
     assert (version, kwargs) == (VERSION, {})
+
+
+def test_celery_knows_one_queue_per_backend_and_no_other() -> None:
+    assert set(celery.app.amqp.queues) == {"gpt", "bert", "vllm", "echo"}

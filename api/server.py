@@ -10,12 +10,18 @@ import settings
 from api.app import create_app
 from tasks import logs
 
+_LAST_WORDS_S = 2.0
+"""Before the server closes what is still open, those who wait are told to ask another process."""
+
 
 class _Server(uvicorn.Server):
     """Says that it is stopping before it stops, so a load balancer can look elsewhere."""
 
     def handle_exit(self, sig: int, frame: object) -> None:
-        self.config.app.state.is_stopping = True  # type: ignore[union-attr]
+        state = self.config.app.state  # type: ignore[union-attr]
+        if not state.is_stopping and hasattr(state, "gateway"):
+            state.gateway.stop_waiting_in(max(state.gateway.config.drain_s - _LAST_WORDS_S, 0.0))
+        state.is_stopping = True
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
 
 

@@ -18,59 +18,6 @@ from db.models import JobStatus
 from db.session import Cursor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewJob:
-    """A job about to be accepted. JSON columns come encoded."""
-
-    id: uuid.UUID
-    tenant: str
-    api_key_id: uuid.UUID | None
-    request_id: str
-    endpoint: str
-    task: str
-    requested_model: str
-    model: str
-    model_revision: str
-    backend: str
-    is_stream: bool
-    payload: bytes
-    metadata: str | None
-    decision: str
-    cache_verdict: str
-    cache_key: bytes | None
-    cache_ttl_s: int | None
-    is_cache_refresh: bool
-    prompt_tokens: int
-    timings: str
-    timeout_s: float | None = None
-
-
-def insert(cursor: Cursor, jobs: Sequence[NewJob]) -> list[datetime.datetime]:
-    """Record jobs as queued; answers when each was created. Repeating an insert changes nothing."""
-    rows = execute_values(
-        cursor,
-        """
-        INSERT INTO jobs (id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision,
-            backend, is_stream, payload, metadata, decision, cache_verdict, cache_key, cache_ttl_s, is_cache_refresh,
-            prompt_tokens, timings, deadline_at)
-        VALUES %s
-        ON CONFLICT (id) DO UPDATE SET id = excluded.id RETURNING id, created_at
-        """,
-        [
-            (j.id, j.tenant, j.api_key_id, j.request_id, j.endpoint, j.task, j.requested_model, j.model,
-             j.model_revision, j.backend, j.is_stream, j.payload, j.metadata, j.decision, j.cache_verdict, j.cache_key,
-             j.cache_ttl_s, j.is_cache_refresh, j.prompt_tokens, j.timings, j.timeout_s)
-            for j in jobs
-        ],
-        template="(%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,"
-        "clock_timestamp() + %s::float8 * interval '1 s')",
-        page_size=1000,
-        fetch=True,
-    )  # fmt: skip
-    created = dict(rows)
-    return [created[job.id] for job in jobs]
-
-
 @dataclass(frozen=True, slots=True)
 class Claimed:
     """A job that this worker now owns, and the attempt that proves it."""
@@ -84,8 +31,14 @@ class Claimed:
     created: int
     """Unix seconds."""
     queue_ms: float
-    was_begun: bool
-    """Whether an earlier attempt ran, counted or given back."""
+    run: int
+    """How many attempts came before, counted or given back."""
+    flight_id: uuid.UUID
+    """Under whose name the run's events are kept: this job's, or that of the leader it took over from."""
+
+    @property
+    def was_begun(self) -> bool:
+        return self.run > 0
 
 
 def claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | None]:
@@ -96,11 +49,12 @@ def claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claim
         """
         UPDATE jobs SET status = 'running', attempt = attempt + 1, worker_id = %(worker)s,
             started_at = clock_timestamp(), first_token_at = NULL
-        WHERE id IN (SELECT id FROM jobs WHERE id = ANY(%(ids)s) AND status = 'queued'
+        WHERE id IN (SELECT id FROM jobs WHERE id = ANY(%(ids)s) AND status = 'queued' AND leader_id IS NULL
                      AND (deadline_at IS NULL OR deadline_at > clock_timestamp()) ORDER BY id FOR UPDATE)
           AND EXISTS (SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'dead')
         RETURNING id, attempt, payload, is_stream, backend, task, extract(epoch FROM created_at)::int,
-                  extract(epoch FROM started_at - created_at)::float8 * 1000, attempts <> '[]'
+                  extract(epoch FROM started_at - created_at)::float8 * 1000, jsonb_array_length(attempts),
+                  coalesce(flight_id, id)
         """,
         {"worker": worker_id, "ids": [job_id for job_id, _ in wanted]},
     )
@@ -123,18 +77,21 @@ class Finished:
     usage: str
     ttft_ms: float | None
     timings: str
+    events: bytes | None = None
+    """Of a streamed job, see `tasks.replay`."""
 
 
-def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[bool]:
+def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[int | None]:
     """Store results: state, body and cache entry in one statement, fenced by worker and attempt.
 
-    True where this attempt's result is the stored one (now, or by an earlier try whose answer was lost);
-    False where another attempt owns the job or it was cancelled: the output must be thrown away.
+    The number of followers that wait for the result, where this attempt's is the stored one (now, or by
+    an earlier try whose answer was lost); None where another attempt owns the job or it was cancelled:
+    the output must be thrown away.
     """
     rows = execute_values(
         cursor,
         """
-        WITH input (id, attempt, worker_id, body, sha256, usage, ttft_ms, timings) AS (VALUES %s),
+        WITH input (id, attempt, worker_id, body, sha256, usage, ttft_ms, timings, events) AS (VALUES %s),
         owned AS (SELECT i.* FROM input i JOIN jobs j USING (id)
             WHERE j.status = 'running' AND j.attempt = i.attempt AND j.worker_id = i.worker_id
             ORDER BY id FOR UPDATE OF j),
@@ -142,8 +99,8 @@ def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[bool]:
                 first_token_at = j.started_at + o.ttft_ms * interval '1 ms', timings = j.timings || o.timings
             FROM owned o WHERE j.id = o.id
             RETURNING j.id, j.tenant, j.model, j.backend, j.cache_key, j.cache_ttl_s, j.is_cache_refresh,
-                      o.body, o.sha256, o.usage),
-        stored AS (INSERT INTO job_results (job_id, body, sha256) SELECT id, body, sha256 FROM done),
+                      j.num_followers, o.body, o.sha256, o.usage, o.events),
+        stored AS (INSERT INTO job_results (job_id, body, sha256, events) SELECT id, body, sha256, events FROM done),
         cached AS (INSERT INTO response_cache
                 (key, tenant, model, backend, job_id, body, sha256, num_bytes, usage, expires_at)
             SELECT DISTINCT ON (cache_key) cache_key, tenant, model, backend, id, body, sha256, length(body), usage,
@@ -154,21 +111,22 @@ def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[bool]:
                 created_at = clock_timestamp(), last_hit_at = clock_timestamp(), expires_at = excluded.expires_at
             WHERE response_cache.expires_at <= clock_timestamp()
                OR (SELECT is_cache_refresh FROM done d WHERE d.id = excluded.job_id))
-        SELECT id FROM done
+        SELECT id, num_followers FROM done
         UNION
-        SELECT j.id FROM jobs j JOIN input i USING (id)
+        SELECT j.id, j.num_followers FROM jobs j JOIN input i USING (id)
         WHERE j.status = 'succeeded' AND j.attempt = i.attempt AND j.worker_id = i.worker_id
         """,
         [
-            (o.id, o.attempt, o.worker_id, o.body, o.sha256, o.usage, o.ttft_ms, o.timings)
+            (o.id, o.attempt, o.worker_id, o.body, o.sha256, o.usage, o.ttft_ms, o.timings,
+             o.events)
             for o in outcomes
         ],
-        template="(%s::uuid, %s::int, %s::bigint, %s::bytea, %s::bytea, %s::jsonb, %s::float8, %s::jsonb)",
+        template="(%s::uuid, %s::int, %s::bigint, %s::bytea, %s::bytea, %s::jsonb, %s::float8, %s::jsonb, %s::bytea)",
         page_size=1000,
         fetch=True,
     )  # fmt: skip
-    mine = {row[0] for row in rows}
-    return [outcome.id in mine for outcome in outcomes]
+    mine = dict(rows)
+    return [mine.get(outcome.id) for outcome in outcomes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +211,8 @@ class Outcome:
 
     status: JobStatus
     body: bytes | None
+    events: bytes | None
+    """Of a streamed job, see `tasks.replay`."""
     error: dict[str, Any] | None
     usage: dict[str, Any] | None
     model: str
@@ -267,25 +227,26 @@ def outcome(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[Outcome | None]:
     """The outcome of each job, None for an unknown id."""
     cursor.execute(
         """
-        SELECT j.id, status, body, error, usage, model, backend, attempt,
+        SELECT j.id, status, body, events, error, usage, model, backend, attempt,
                extract(epoch FROM started_at - created_at)::float8 * 1000,
                extract(epoch FROM finished_at - started_at)::float8 * 1000,
                extract(epoch FROM first_token_at - started_at)::float8 * 1000
-        FROM jobs j LEFT JOIN job_results r ON r.job_id = j.id WHERE j.id = ANY(%s)
+        FROM jobs j LEFT JOIN job_results r ON r.job_id = coalesce(leader_id, j.id) WHERE j.id = ANY(%s)
         """,
         (list(ids),),
     )
-    found = {
-        row[0]: Outcome(JobStatus(row[1]), None if row[2] is None else bytes(row[2]), *row[3:])
-        for row in cursor.fetchall()
-    }
+    found = {row[0]: Outcome(JobStatus(row[1]), _bytes(row[2]), _bytes(row[3]), *row[4:]) for row in cursor.fetchall()}
     return [found.get(job_id) for job_id in ids]
 
 
-def payload(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[bytes | None]:
-    """The stored call of each job."""
-    cursor.execute("SELECT id, payload FROM jobs WHERE id = ANY(%s)", (list(ids),))
-    found = {row[0]: bytes(row[1]) for row in cursor.fetchall()}
+def _bytes(value: memoryview | None) -> bytes | None:
+    return None if value is None else bytes(value)
+
+
+def payload(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[tuple[bytes, uuid.UUID] | None]:
+    """The stored call of each job, and under whose name its run's events are kept."""
+    cursor.execute("SELECT id, payload, coalesce(flight_id, id) FROM jobs WHERE id = ANY(%s)", (list(ids),))
+    found = {row[0]: (bytes(row[1]), row[2]) for row in cursor.fetchall()}
     return [found.get(job_id) for job_id in ids]
 
 
@@ -303,7 +264,7 @@ _VIEW = """
     id, tenant, request_id, endpoint, requested_model, model, model_revision, backend, status, is_stream, metadata,
     decision, cache_verdict, encode(cache_key, 'hex') AS cache_key, attempt, attempts, prompt_tokens, usage, error,
     timings, created_at, enqueued_at, started_at, first_token_at, finished_at, deadline_at,
-    (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker
+    (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker, leader_id, coalesce(flight_id, id)
 """
 
 
@@ -338,6 +299,8 @@ class View:
     finished_at: datetime.datetime | None
     deadline_at: datetime.datetime | None
     worker: str | None
+    leader_id: uuid.UUID | None
+    flight_id: uuid.UUID
 
 
 def view(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str | None]]) -> list[View | None]:
@@ -436,7 +399,7 @@ def find_unsent(
     Answers (id, backend, task), oldest first."""
     cursor.execute(
         """
-        WITH unsent AS (SELECT id FROM jobs WHERE backend = %s AND status = 'queued'
+        WITH unsent AS (SELECT id FROM jobs WHERE backend = %s AND status = 'queued' AND leader_id IS NULL
             AND enqueued_at < clock_timestamp() - %s * interval '1 s'
             ORDER BY created_at LIMIT %s FOR UPDATE SKIP LOCKED)
         UPDATE jobs j SET enqueued_at = clock_timestamp() FROM unsent u WHERE j.id = u.id
@@ -473,6 +436,70 @@ def purge(cursor: Cursor, older_than_s: float, limit: int = 1000) -> int:
     return cursor.rowcount
 
 
+def quarantined(cursor: Cursor, within_s: float) -> frozenset[bytes]:
+    """Cache keys of the requests whose every attempt took its worker down, within that time."""
+    cursor.execute(
+        """
+        SELECT cache_key FROM jobs WHERE status = 'failed' AND finished_at > clock_timestamp() - %s * interval '1 s'
+            AND error ->> 'code' = 'attempts_exhausted' AND leader_id IS NULL AND cache_key IS NOT NULL
+            AND attempts -> -1 ->> 'outcome' IN ('worker_died', 'backend_dead') LIMIT 10000
+        """,
+        (within_s,),
+    )
+    return frozenset(bytes(row[0]) for row in cursor.fetchall())
+
+
+def retry(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str | None]]) -> list[tuple[str, str] | None]:
+    """Queue failed and expired jobs again, under the same id and with all their attempts before them; answers
+    (backend, task) of each. None for a job in any other state, and for one that the tenant does not have.
+    Tenant None has every tenant's. A deadline starts anew."""
+    cursor.execute(
+        """
+        UPDATE jobs j SET status = 'queued', attempt = 0, error = NULL, usage = NULL, finished_at = NULL,
+            started_at = NULL, first_token_at = NULL, worker_id = NULL, enqueued_at = clock_timestamp(),
+            leader_id = NULL, coalesce_key = NULL,
+            deadline_at = clock_timestamp() + (deadline_at - created_at),
+            attempts = attempts || jsonb_build_object('attempt', 0, 'outcome', 'retried',
+                'ended_at', extract(epoch FROM clock_timestamp()))
+        WHERE id IN (SELECT j.id FROM jobs j
+            JOIN unnest(%s::uuid[], %s::text[]) w (id, tenant)
+                ON j.id = w.id AND j.tenant = coalesce(w.tenant, j.tenant)
+            WHERE status IN ('failed', 'expired') ORDER BY j.id FOR UPDATE OF j)
+        RETURNING id, backend, task
+        """,
+        ([job_id for job_id, _ in wanted], [tenant for _, tenant in wanted]),
+    )
+    found = {row[0]: (row[1], row[2]) for row in cursor.fetchall()}
+    return [found.get(job_id) for job_id, _ in wanted]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetters:
+    """Failed jobs: a tenant's (None: all), of a model, that ended with an error code; the oldest `limit`."""
+
+    tenant: str | None
+    model: str | None = None
+    code: str | None = None
+    limit: int = 1000
+
+
+def dead_letters(cursor: Cursor, wanted: Sequence[DeadLetters]) -> list[list[uuid.UUID]]:
+    """Ids of the failed jobs that match."""
+    return [_dead_letters(cursor, one) for one in wanted]
+
+
+def _dead_letters(cursor: Cursor, wanted: DeadLetters) -> list[uuid.UUID]:
+    cursor.execute(
+        """
+        SELECT id FROM jobs WHERE status = 'failed' AND (%(tenant)s IS NULL OR tenant = %(tenant)s)
+            AND (%(model)s IS NULL OR model = %(model)s) AND (%(code)s IS NULL OR error ->> 'code' = %(code)s)
+        ORDER BY finished_at LIMIT %(limit)s
+        """,
+        {name: getattr(wanted, name) for name in DeadLetters.__slots__},
+    )
+    return [row[0] for row in cursor.fetchall()]
+
+
 @dataclass(frozen=True, slots=True)
 class Depth:
     """A queue as the ledger sees it."""
@@ -490,7 +517,7 @@ def depths(cursor: Cursor) -> dict[str, Depth]:
         SELECT backend, count(*) FILTER (WHERE status = 'queued'), count(*) FILTER (WHERE status = 'running'),
                coalesce(sum(prompt_tokens) FILTER (WHERE status = 'queued'), 0),
                coalesce(extract(epoch FROM clock_timestamp() - min(created_at) FILTER (WHERE status = 'queued')), 0)
-        FROM jobs WHERE status IN ('queued', 'running') GROUP BY backend
+        FROM jobs WHERE status IN ('queued', 'running') AND leader_id IS NULL GROUP BY backend
         """
     )
     return {row[0]: Depth(int(row[1]), int(row[2]), int(row[3]), float(row[4])) for row in cursor.fetchall()}

@@ -7,12 +7,14 @@ Bounds are part of the connection, so no statement can hang a caller: 2 s to con
 from typing import Any
 
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
 import psycopg2.extras
 from sqlalchemy import Engine, create_engine
 
-DependencyDown = (psycopg2.OperationalError, psycopg2.InterfaceError)
-"""What psycopg2 raises when Postgres cannot be reached, restarts, or runs out of connections or time."""
+DependencyDown = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.errors.ReadOnlySqlTransaction)
+"""What psycopg2 raises when Postgres cannot be reached, restarts, takes no writes, or runs out of
+connections, disk or time."""
 
 _OPTIONS = "-c statement_timeout=5000 -c lock_timeout=2000 -c idle_in_transaction_session_timeout=10000"
 _NETWORK: dict[str, Any] = {"connect_timeout": 2, "tcp_user_timeout": 10_000, "keepalives_idle": 5}

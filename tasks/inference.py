@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 import structlog
+from redis.exceptions import RedisError
 from tokenizers import Tokenizer
 
 from backends.base import BackendDead, BackendError, EncodeCall, GenerateCall, InvalidCall, SamplingParams
@@ -23,7 +24,7 @@ from db import jobs
 from db.jobs import Claimed
 from db.lanes import LaneDown
 from db.models import JobStatus
-from tasks import celery, metrics, responses, stream, transport
+from tasks import celery, metrics, replay, responses, stream, transport
 from tasks.call import VERSION, Call
 from tasks.output import Output
 from tasks.responses import Identity
@@ -214,17 +215,20 @@ def _tokenizer(path: str) -> Tokenizer:
 
 async def _writer(worker: "Worker", attempt: Run) -> stream.Writer:
     """The job's event writer. A later attempt goes on where the events of the earlier ones end: their
-    tokens are not generated again, and the caller's stream has no gap and no repeat."""
-    writer = stream.Writer(attempt.job.id, worker.broadcaster)
-    if not attempt.job.was_begun:
-        return writer
-    call = attempt.call
+    tokens are not generated again, and the caller's stream has no gap and no repeat. Where Redis lost
+    those events, the attempt starts anew under numbers that say so."""
+    job, call = attempt.job, attempt.call
+    if not job.was_begun:
+        return stream.Writer(job.flight_id, worker.broadcaster)
+    try:
+        past = stream.latest_run(await stream.history(worker.redis, job.flight_id))
+    except (RedisError, OSError):
+        past = []
     attempt.outputs = [_output(attempt) for _ in range(len(call.token_ids) * call.n)]
-    for event in await stream.history(worker.redis, attempt.job.id):
-        writer.seq = event.seq
+    for event in past:
         if event.piece is not None:
             attempt.outputs[event.choice].resume(event.piece)
-    return writer
+    return stream.Writer(job.flight_id, worker.broadcaster, past, run=job.run)
 
 
 async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
@@ -233,7 +237,8 @@ async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
     usage = responses.usage_of(call, attempt.outputs)
     run_s = time.monotonic() - attempt.started
     ttft_s = attempt.first_chunk_s if attempt.first_chunk_s is not None else run_s
-    is_stored = await worker.finishes.submit(
+    writer = attempt.writer
+    num_followers = await worker.finishes.submit(
         jobs.Finished(
             id=job.id,
             attempt=job.attempt,
@@ -243,13 +248,16 @@ async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
             usage=orjson.dumps(usage).decode(),
             ttft_ms=ttft_s * 1000,
             timings=orjson.dumps({"run_ms": round(run_s * 1000, 3)}).decode(),
+            events=None if writer is None else replay.encode(writer.first, writer.marks),
         )
     )
-    if not is_stored:
+    if num_followers is None:
         metrics.child(metrics.FENCED_WRITES, job.backend).inc()
         log.warning("job.fenced", job_id=str(job.id), attempt=job.attempt)
         return
-    worker.announce(job.id, JobStatus.SUCCEEDED, attempt.writer)
+    if num_followers:
+        await worker.land(job.id)
+    worker.announce(job.id, JobStatus.SUCCEEDED, writer)
     worker.service.observe(attempt.model.name, run_s, ttft_s, usage.get("completion_tokens", 0))
     metrics.child(metrics.JOBS, job.backend, attempt.model.name, JobStatus.SUCCEEDED).inc()
     metrics.child(metrics.RUN_SECONDS, job.backend, attempt.model.name).observe(run_s)

@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 
 import catalog
 import settings
-from db import cache, jobs, request_log, session, workers
+from db import accept, cache, flights, jobs, request_log, session, workers
 from db.session import Cursor
 from tasks import inference, logs, metrics, transport
 
@@ -36,6 +36,8 @@ class Report:
     """What one pass did."""
 
     rescued: int = 0
+    landed: int = 0
+    handed_over: int = 0
     exhausted: int = 0
     resent: int = 0
     expired: int = 0
@@ -74,6 +76,12 @@ def reconcile_once(cursor: Cursor, queues: Queues, config: settings.Settings, ba
     for job_id in jobs.expire(cursor):
         report.expired += 1
         report.ended.append((str(job_id), "expired"))
+    followers = flights.land(cursor)
+    report.landed = len(followers)
+    report.ended += [(str(job_id), status) for job_id, status in followers]
+    promoted = flights.hand_over(cursor)
+    report.handed_over = len(promoted)
+    report.messages += promoted
     if queues.lengths is not None:
         _resend(cursor, queues.lengths, queues.is_wiped, config, backends, report)
     return report
@@ -106,6 +114,7 @@ def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheE
     report.purged = jobs.purge(cursor, config.result_ttl_s)
     request_log.purge(cursor, config.result_ttl_s * 30)
     workers.forget(cursor, config.result_ttl_s)
+    accept.forget_keys(cursor)
 
 
 class Reconciler:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import orjson
 import structlog
@@ -21,7 +21,7 @@ import catalog
 import settings
 from backends.base import Backend, BackendDead
 from backends.registry import backend_class
-from db import jobs, session, workers
+from db import flights, jobs, session, workers
 from db.jobs import Claimed, Ended
 from db.lanes import Lane, LaneDown
 from db.models import JobStatus
@@ -70,6 +70,7 @@ class Worker:
         self.claims = Lane(url, jobs.claim, is_durable=False, patience_s=_FINISH_PATIENCE_S)
         self.finishes = Lane(url, jobs.finish, patience_s=_FINISH_PATIENCE_S)
         self._ends = Lane(url, jobs.end, patience_s=_FINISH_PATIENCE_S)
+        self._landings = Lane(url, _land, patience_s=_FINISH_PATIENCE_S)
         self._owned = Lane(url, jobs.owned)
         self._strays: set[tuple[uuid.UUID, int]] = set()
         self.redis = transport.connect(self._config.redis_url, timeout_s=5.0)
@@ -121,6 +122,11 @@ class Worker:
             writer.end(status)
         self.outbox.wake()
 
+    async def land(self, leader_id: uuid.UUID) -> None:
+        """Give a stored result to the followers as well. What goes wrong here the reconciler makes good."""
+        with contextlib.suppress(LaneDown):
+            self._ended += await self._landings.submit(leader_id)
+
     async def stopped(self, attempt: Run) -> None:
         """An attempt was cancelled here: if the job is still ours (we are draining) give it back uncounted."""
         state = await self.end(attempt.job, "released", "", is_retryable=True, is_counted=False)
@@ -141,7 +147,7 @@ class Worker:
             task.cancel()
         await self.outbox.close()
         await self.backend.stop()
-        for lane in (self.claims, self.finishes, self._ends, self._owned):
+        for lane in (self.claims, self.finishes, self._ends, self._landings, self._owned):
             await lane.close()
         await self.redis.aclose()
         self._pulse.stop()
@@ -234,6 +240,12 @@ class Worker:
             finally:
                 with contextlib.suppress(RedisError, OSError):
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+
+def _land(cursor: session.Cursor, leaders: Sequence[uuid.UUID]) -> list[list[tuple[str, str]]]:
+    """(follower, state) of all of them, with the first leader's answer."""
+    landed = [(str(job_id), status) for job_id, status in flights.land(cursor, leaders)]
+    return [landed, *([] for _ in leaders[1:])]
 
 
 class _Pulse:

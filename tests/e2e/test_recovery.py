@@ -68,7 +68,7 @@ def test_a_stream_goes_on_when_its_worker_is_replaced(stack: Stack) -> None:
     stack.environment["SWITCHYARD_DRAIN_S"] = "0.3"
     stack.stop("echo")
     stack.start_worker("echo", "old")
-    text = "a text that outlasts the drain " * 3
+    text = "a text that outlasts the drain " * 10
     body = {"model": "echo", "prompt": text, "max_tokens": 1000, "options": {"token_ms": 30}}
     stream = stack.read_stream("/v1/completions", body)
     stream.wait_for(30)

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     stall_s: float = Field(
         60.0, gt=0, description="Seconds without one finished step after which a busy backend counts as hung."
     )
+    unsafe_servers: bool = Field(
+        False, description="Run on a Postgres or Redis whose settings can lose what was accepted."
+    )
     wait_s: float = Field(600.0, gt=0, description="Longest synchronous wait before the answer becomes a 202.")
     result_ttl_s: int = Field(86_400, ge=60, description="Seconds a finished job and its result are kept.")
 

@@ -5,8 +5,9 @@ import contextlib
 from collections.abc import AsyncIterator, Mapping
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Send
 
 from api import decoding, errors, schemas, views, wishes
 from api.gateway import Accepted, Gateway
@@ -22,7 +23,23 @@ from tasks.call import Call
 from tasks.responses import Frames, Identity
 
 SSE = "text/event-stream"
+_UNREAD_S = 30.0
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events for a client that reads them. One that reads nothing for half a minute is
+    disconnected: what it has not taken waits in no memory of ours, and it can come back for it."""
+
+    async def stream_response(self, send: Send) -> None:
+        async def within_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(_UNREAD_S):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None
+
+        await super().stream_response(within_time)
 
 
 async def infer(request: Request, endpoint: str, caller: ApiKey) -> Response:
@@ -61,7 +78,7 @@ async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey,
     if wish.preference_applied:
         headers |= {"Preference-Applied": wish.preference_applied, "Vary": "Prefer"}
     if call.stream and not wish.is_async:
-        return StreamingResponse(_watched(gateway, made, caller, wish), 200, headers | NO_BUFFERING, SSE)
+        return EventStream(_watched(gateway, made, caller, wish), 200, headers | NO_BUFFERING, SSE)
     try:
         outcome = await _wait(request, gateway, made, caller, wish)
     finally:

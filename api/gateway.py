@@ -505,13 +505,19 @@ def fingerprint(call: Call, wish: Wish) -> bytes:
     return hashlib.sha256(orjson.dumps(asked, option=_CANONICAL)).digest()
 
 
+def _drain_s(decision: Decision) -> float:
+    """When the shortest of the full queues is expected to be worked off, between 1 s and a minute."""
+    waits = [one.facts["wait_ms"] for one in decision.candidates if one.dropped == "queue_full"]
+    return min(max(min(waits) / 1000, 1.0), 60.0)
+
+
 def _refusal(decision: Decision, refusals: dict[str, errors.APIError]) -> errors.APIError:
     """Why nobody can take the call: the caller's own mistakes first, then what time will mend."""
     dropped = {candidate.dropped: candidate for candidate in reversed(decision.candidates)}
     for code in ("queue_full", "loading", "no_worker"):
         if code in dropped and not refusals:
             if code == "queue_full":
-                return errors.QueueFull()
+                return errors.QueueFull(retry_after_s=_drain_s(decision))
             state = "still loading" if code == "loading" else "not up"
             return errors.ModelUnavailable(f"The model is {state}; try again soon.")
     if refusals:

@@ -5,7 +5,7 @@ from uuid import UUID
 
 import orjson
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from api import answers, decoding, errors, schemas, views, wishes
 from api.gateway import Gateway
@@ -97,7 +97,7 @@ async def stream(request: Request, caller: ApiKey, job_id: UUID, starting_after:
     if call.task != "generate":
         raise errors.ConflictState("Only generation jobs can be streamed; read the job's result instead.")
     identity = Identity(view.endpoint, view.id, view.model, int(view.created_at.timestamp()))
-    return StreamingResponse(
+    return answers.EventStream(
         _frames(gateway, identity, stored[1], call, after, view.status in TERMINAL),
         200,
         answers.NO_BUFFERING | {"x-job-id": str(job_id)},

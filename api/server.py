@@ -8,7 +8,7 @@ import uvicorn
 
 import settings
 from api.app import create_app
-from tasks import logs
+from tasks import logs, server_settings
 
 _LAST_WORDS_S = 2.0
 """Before the server closes what is still open, those who wait are told to ask another process."""
@@ -31,6 +31,7 @@ def main() -> int:
     index = parser.parse_args().index
     config = settings.load()
     logs.configure(f"gateway{index}")
+    server_settings.check(config)
     listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -410,6 +410,35 @@ def find_unsent(
     return [tuple(row) for row in cursor.fetchall()]
 
 
+def stranded(cursor: Cursor, backends: Sequence[str], limit: int = 200) -> list[tuple[uuid.UUID, str, bytes]]:
+    """Queued jobs of these backends, the oldest first: (id, backend, payload)."""
+    cursor.execute(
+        """
+        SELECT id, backend, payload FROM jobs WHERE status = 'queued' AND leader_id IS NULL AND backend = ANY(%s)
+        ORDER BY created_at LIMIT %s
+        """,
+        (list(backends), limit),
+    )
+    return [(row[0], row[1], bytes(row[2])) for row in cursor.fetchall()]
+
+
+def reroute(cursor: Cursor, job_id: uuid.UUID, start: str, end: str, decision: str) -> str | None:
+    """Move a queued job from one backend's queue to another's, with the decision that says why; answers its
+    task, None if it is no longer there. Its followers go with it."""
+    cursor.execute(
+        """
+        WITH moved AS (UPDATE jobs SET backend = %(end)s, enqueued_at = clock_timestamp(),
+                decision = %(decision)s::jsonb || jsonb_build_object('before', decision)
+            WHERE id = %(id)s AND backend = %(start)s AND status = 'queued' RETURNING id, task),
+        others AS (UPDATE jobs j SET backend = %(end)s FROM moved m WHERE j.leader_id = m.id AND j.status = 'queued')
+        SELECT task FROM moved
+        """,
+        {"id": job_id, "start": start, "end": end, "decision": decision},
+    )
+    row = cursor.fetchone()
+    return None if row is None else row[0]
+
+
 def expire(cursor: Cursor) -> list[uuid.UUID]:
     """End the jobs whose deadline has passed, queued or running."""
     cursor.execute(
@@ -442,7 +471,7 @@ def quarantined(cursor: Cursor, within_s: float) -> frozenset[bytes]:
         """
         SELECT cache_key FROM jobs WHERE status = 'failed' AND finished_at > clock_timestamp() - %s * interval '1 s'
             AND error ->> 'code' = 'attempts_exhausted' AND leader_id IS NULL AND cache_key IS NOT NULL
-            AND attempts -> -1 ->> 'outcome' IN ('worker_died', 'backend_dead') LIMIT 10000
+            AND attempts -> -1 ->> 'outcome' IN ('worker_died', 'backend_dead', 'backend_stalled') LIMIT 10000
         """,
         (within_s,),
     )

@@ -49,3 +49,11 @@ def create_pool(url: str, application_name: str, size: int = 4) -> Engine:
         pool_pre_ping=True,
         connect_args={"application_name": application_name, "options": _OPTIONS, **_NETWORK},
     )
+
+
+def server_setting(cursor: Cursor, name: str) -> str:
+    """What the server runs with."""
+    cursor.execute("SELECT current_setting(%s)", (name,))
+    row = cursor.fetchone()
+    assert row is not None
+    return str(row[0])

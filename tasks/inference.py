@@ -53,6 +53,8 @@ class Run:
     writer: stream.Writer | None = None
     task: "asyncio.Task[None] | None" = None
     is_finishing: bool = False
+    is_stalled: bool = False
+    """Stopped because the backend hung, perhaps of this very job: its attempt counts."""
     first_chunk_s: float | None = None
     outputs: list[Output] = field(default_factory=list)
 
@@ -64,8 +66,11 @@ class Run:
 async def run(worker: "Worker", job_id: uuid.UUID, version: int) -> None:
     """Everything one message causes. Raises nothing: each way it can end is recorded in the ledger."""
     if version != VERSION:
+        # Kept for whoever looks, not dropped: the job waits in the ledger for a worker that knows its form.
         metrics.child(metrics.DROPPED_MESSAGES, "unknown_version").inc()
-        log.error("message.unknown_version", job_id=str(job_id), version=version)
+        worker.outbox.send("LPUSH", transport.PARKED_KEY, orjson.dumps([str(job_id), version]))
+        worker.outbox.send("LTRIM", transport.PARKED_KEY, 0, transport.MOST_PARKED - 1)
+        log.error("message.parked", job_id=str(job_id), version=version, known=VERSION)
         return
     if worker.is_leaving:
         return  # the job stays queued; its message is sent again

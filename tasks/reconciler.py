@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
@@ -23,7 +23,9 @@ import catalog
 import settings
 from db import accept, cache, flights, jobs, request_log, session, workers
 from db.session import Cursor
-from tasks import inference, logs, metrics, transport
+from tasks import inference, logs, metrics, router, server_settings, transport
+from tasks.call import Call
+from tasks.router import Load
 
 log = structlog.get_logger()
 
@@ -38,6 +40,7 @@ class Report:
     rescued: int = 0
     landed: int = 0
     handed_over: int = 0
+    rerouted: int = 0
     exhausted: int = 0
     resent: int = 0
     expired: int = 0
@@ -106,6 +109,32 @@ def _resend(cursor: Cursor, lengths: dict[str, int], is_wiped: bool, config: set
             unsent = jobs.find_unsent(cursor, backend, patience)
             report.resent += len(unsent)
             report.messages += unsent
+
+
+def reroute(cursor: Cursor, served: catalog.Catalog, report: Report) -> None:
+    """Send queued jobs of backends whose workers are all away to other backends of the same model. Tokens,
+    and with them a stream's events so far, mean the same there."""
+    lives, depths = workers.alive(cursor), jobs.depths(cursor)
+    loads = {
+        name: Load.of((life for life in lives if life.backend == name), depths.get(name, jobs.Depth(0, 0, 0, 0.0)))
+        for name in served.backends
+    }
+    away = [name for name, load in loads.items() if not load.is_ready and load.depth.num_queued]
+    if not away or len(away) == len(loads):
+        return
+    for job_id, backend, payload in jobs.stranded(cursor, away):
+        try:
+            call = Call.decode(payload)
+        except ValueError:
+            continue
+        decision = router.choose(served, call, {call.model: call}, loads, can_wait=False)
+        if decision.chosen is None or decision.chosen.model != call.model:
+            continue
+        moved = replace(decision, reason=f"moved: no worker of {backend} was up")
+        task = jobs.reroute(cursor, job_id, backend, decision.chosen.backend, orjson.dumps(moved).decode())
+        if task is not None:
+            report.rerouted += 1
+            report.messages.append((job_id, decision.chosen.backend, task))
 
 
 def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheEntry, report: Report) -> None:
@@ -177,6 +206,7 @@ class Reconciler:
         assert self._connection is not None
         with self._connection.cursor() as cursor:
             report = reconcile_once(cursor, queues, self._config, list(self._catalog.backends))
+            reroute(cursor, self._catalog, report)
             if time.monotonic() >= self._next_housekeeping:
                 self._next_housekeeping = time.monotonic() + _HOUSEKEEPING_S
                 keep_house(cursor, self._config, self._catalog.cache, report)
@@ -201,6 +231,7 @@ async def queues(client: redis.asyncio.Redis, backends: Sequence[str]) -> Queues
 
 def main() -> int:
     logs.configure("reconciler")
+    server_settings.check(settings.load())
     metrics.serve()
 
     async def serve() -> None:

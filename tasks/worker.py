@@ -128,11 +128,15 @@ class Worker:
             self._ended += await self._landings.submit(leader_id)
 
     async def stopped(self, attempt: Run) -> None:
-        """An attempt was cancelled here: if the job is still ours (we are draining) give it back uncounted."""
-        state = await self.end(attempt.job, "released", "", is_retryable=True, is_counted=False)
+        """An attempt was cancelled here: if the job is still ours give it back, uncounted unless it may have
+        been what made the backend hang."""
+        code = "backend_stalled" if attempt.is_stalled else "released"
+        state = await self.end(attempt.job, code, "", is_retryable=True, is_counted=attempt.is_stalled)
         log.info("job.stopped", job_id=str(attempt.job.id), attempt=attempt.job.attempt, state=state)
         if state is JobStatus.QUEUED:
             inference.enqueue(self.outbox, [(attempt.job.id, attempt.job.backend, attempt.job.task)])
+        elif state is JobStatus.FAILED:
+            self.announce(attempt.job.id, state, attempt.writer)
 
     async def drain(self) -> None:
         """Finish what runs within `drain_s`, give back the rest, and leave."""
@@ -185,12 +189,20 @@ class Worker:
 
     async def _watch(self) -> None:
         """Once a heartbeat: is the backend alive, are we, and do we still own what we run?"""
+        steps, since = -1, time.monotonic()
         while True:
             await asyncio.sleep(self._config.heartbeat_s)
             try:
                 self.backend.check_health()
             except BackendDead as error:
                 self.die(str(error))
+                return
+            if not self._runs or steps != self.backend.num_steps():
+                steps, since = self.backend.num_steps(), time.monotonic()
+            elif time.monotonic() - since > self._config.stall_s:
+                for run in self._runs.values():
+                    run.is_stalled = True
+                self.die(f"the backend has not finished a step for {self._config.stall_s:g} s")
                 return
             if self._pulse.is_dead:
                 self.die("declared dead: the lease ran out")

@@ -41,6 +41,7 @@ class Stack:
             "SWITCHYARD_SWEEP_S": "0.3",
             "SWITCHYARD_RESEND_AFTER_S": "1.5",
             "SWITCHYARD_DRAIN_S": "10",
+            "SWITCHYARD_UNSAFE_SERVERS": "true",
             "CELERY_CUSTOM_WORKER_POOL": "tasks.pool:TaskPool",
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}

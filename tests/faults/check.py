@@ -383,6 +383,15 @@ def reruns_give_the_same(run: Run) -> Finding:
     return finding
 
 
+def messages_follow_rows(run: Run) -> Finding:
+    """M1: no message is sent for a job whose row is not committed."""
+    finding = Finding("M1")
+    for record in run.answers:
+        if record.kind == "peek":
+            finding.expect(record.num_messages == 0, f"{record.num_messages} messages of a row that was not committed")
+    return finding
+
+
 CHECKS: dict[str, Callable[[Run], Finding]] = {
     "I1": accepted_is_durable,
     "I2": terminal_is_final,
@@ -399,6 +408,7 @@ CHECKS: dict[str, Callable[[Run], Finding]] = {
     "I18": clocks_do_not_matter,
     "I19": books_balance,
     "I21": reruns_give_the_same,
+    "M1": messages_follow_rows,
 }
 
 

@@ -69,6 +69,8 @@ class Record:
     """How a stream ended: `done`, the error's code, or None where it was cut."""
     error: str | None = None
     """What the client library raised."""
+    num_messages: int | None = None
+    """Of a `peek`: how many messages were in the queue."""
 
 
 class History:

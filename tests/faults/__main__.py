@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults import check, rows_clients, rows_processes, rows_servers
+from tests.faults import check, rows_clients, rows_models, rows_processes, rows_servers
 from tests.faults.check import Finding, Run
-from tests.faults.lab import FEATURES, Lab
+from tests.faults.lab import ECHO, FEATURES, REAL, Lab
 from tests.faults.rows import ROWS, Row
 
 _ALWAYS = ("I1", "I2", "I3", "I4", "I5", "I6", "I7", "I9", "I10", "I11", "I19")
-_MODULES = (rows_processes, rows_servers, rows_clients)
+# Importing them registers their rows.
+_MODULES = (rows_processes, rows_models, rows_servers, rows_clients)
 
 
 @dataclass(slots=True)
@@ -49,7 +50,8 @@ def main() -> int:
     chosen = [row for row in ROWS.values() if (row.id in args.only if args.only else args.long or not row.is_long)]
     folder = Path(tempfile.mkdtemp(prefix="switchyard-faults-"))
     print(f"seed {seed}, {len(chosen)} rows, R in seconds, history and logs in {folder}\n", flush=True)
-    with Lab(folder, seed, is_long=args.long, rate=args.rate) as lab:
+    config = REAL if any("models" in row.needs for row in chosen) and FEATURES["models"] else ECHO
+    with Lab(folder, seed, is_long=args.long, rate=args.rate, config=config) as lab:
         reports = [_do(lab, row) for row in chosen]
         run = Run(lab.history.records, *lab.close_books())
     findings = check.check(run)

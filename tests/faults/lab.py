@@ -26,17 +26,31 @@ from local import servers
 from tests.faults import audit
 from tests.faults.history import Clients, History, Record
 from tests.faults.proxy import Mode, Proxy
-from tests.stack import Stack, free_port
+from tests.stack import ROOT, Stack, free_port
 
-CONFIG = """
-backends: {echo: {runtime: echo, concurrency: 64, max_queued: 400}}
-models: {echo: {path: echo, backends: [echo], context_length: 4096}}
+ECHO = """
+backends:
+  echo: {runtime: echo, concurrency: 64, max_queued: 400}
+models:
+  echo: {path: echo, backends: [echo], context_length: 4096}
+limits: {body_bytes: 262144}
+"""
+REAL = """
+backends:
+  echo: {runtime: echo, concurrency: 64, max_queued: 400}
+  gpt: {runtime: gpt, concurrency: 16, options: {dtype: float32, max_batch_size: 16}}
+  vllm: {runtime: vllm, concurrency: 16, options: {dtype: float32, max_num_seqs: 8, kv_cache_memory_gib: 0.25}}
+models:
+  echo: {path: echo, backends: [echo], context_length: 4096}
+  on-gpt: {path: smollm2-135m-instruct, backends: [gpt], context_length: 512, auto: false}
+  on-vllm: {path: smollm2-135m-instruct, backends: [vllm], context_length: 512, auto: false}
 limits: {body_bytes: 262144}
 """
 FEATURES: Mapping[str, bool] = {
     "idempotency": "idempotency_key_reuse" in errors.TABLE,
     "quarantine": "quarantined" in errors.TABLE,
     "coalescing": hasattr(models.Job, "leader_id"),
+    "models": (ROOT / "models" / "smollm2-135m-instruct").exists(),
 }
 """What rows may need, and whether this checkout has it."""
 _PROMPT_S = 1.2
@@ -53,8 +67,10 @@ NAMES = ("reconciler-a", "reconciler-b", "gateway-a", "gateway-b", "worker-a", "
 class Lab:
     """Everything of one run. Use it in a `with` block; nothing is left behind."""
 
-    def __init__(self, folder: Path, seed: int, *, is_long: bool = False, rate: float = 20.0) -> None:
-        self.folder, self.seed, self.is_long, self.rate = folder, seed, is_long, rate
+    def __init__(
+        self, folder: Path, seed: int, *, is_long: bool = False, rate: float = 20.0, config: str = ECHO
+    ) -> None:
+        self.folder, self.seed, self.is_long, self.rate, self._config = folder, seed, is_long, rate, config
         self.num_kills = 0
         self.history = History(folder / "history.jsonl")
         self._exits = contextlib.ExitStack()
@@ -79,7 +95,7 @@ class Lab:
             for proxy in self.proxies.values():
                 self._exits.callback(proxy.close)
             config = self.folder / "switchyard.yaml"
-            config.write_text(CONFIG)
+            config.write_text(self._config)
             self.stack = Stack(self.url, self.valkey.url, config, self.folder)
             self._exits.callback(self.stack.close)
             self.ports = {"gateway-a": self.stack.port, "gateway-b": free_port()}
@@ -113,6 +129,12 @@ class Lab:
             way = self._through("worker-postgres", "worker-redis") if name == "worker-a" else {}
             url = audit.make_role(way.get("SWITCHYARD_DATABASE_URL", self.url), name, through=self.url)
             self.stack.start_worker("echo", name, 64, 30, **(way | {"SWITCHYARD_DATABASE_URL": url} | environment))
+
+    def start_model_worker(self, backend: str, name: str, wait_s: float) -> None:
+        """Start a worker of real models, which is no part of the lab otherwise."""
+        self.stack.forget()
+        url = audit.make_role(self.url, name, through=self.url)
+        self.stack.start_worker(backend, name, 16, wait_s, SWITCHYARD_DATABASE_URL=url)
 
     def restart(self, name: str) -> None:
         """Replace one process, in good order."""

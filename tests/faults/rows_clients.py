@@ -41,7 +41,7 @@ def skewed_clocks(lab: Lab) -> list[float]:
 
 @row("F75", "every message five times, to two workers", "I5", within_s=5)
 def repeated_messages(lab: Lab) -> list[float]:
-    number = lab.times(200, 1000)
+    number = lab.times(200, 350)
     with lab.redis() as broker:
         with lab.frozen("worker-a", "worker-b"):
             broker.delete("echo")

@@ -8,6 +8,7 @@ the folder with the history and the logs, and that only where something failed (
 import argparse
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -46,6 +47,8 @@ class Report:
 
 def main() -> int:
     args = _arguments()
+    # An end by signal must not leave a stack behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
     chosen = [row for row in ROWS.values() if (row.id in args.only if args.only else args.long or not row.is_long)]
     folder = Path(tempfile.mkdtemp(prefix="switchyard-faults-"))

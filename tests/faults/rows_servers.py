@@ -74,7 +74,7 @@ def _accepts_all(lab: Lab, since: float) -> None:
 def _redis_restarts(lab: Lab, stop: Callable[[], None], down_s: float) -> list[float]:
     found = []
     for _ in range(lab.times(2, 20)):
-        with lab.traffic():
+        with lab.supervised(), lab.traffic():
             since = time.monotonic()
             stop()
             time.sleep(down_s)
@@ -102,7 +102,7 @@ def redis_kill(lab: Lab) -> list[float]:
 def flushes(lab: Lab) -> list[float]:
     with lab.redis() as broker:
         since = time.time()
-        with lab.traffic(rate=lab.rate * 1.5), _again_and_again(2, broker.flushall):
+        with lab.supervised(), lab.traffic(rate=lab.rate * 1.5), _again_and_again(2, broker.flushall):
             time.sleep(lab.times(10, 60))
     rows = lab.query(
         "SELECT extract(epoch FROM started_at - created_at)::float8 FROM jobs "
@@ -114,7 +114,7 @@ def flushes(lab: Lab) -> list[float]:
 
 @row("F33", "CLIENT PAUSE ALL for 4 s", "I9 I10", within_s=8)
 def redis_paused(lab: Lab) -> list[float]:
-    with lab.redis() as broker, lab.traffic():
+    with lab.redis() as broker, lab.supervised(), lab.traffic():
         since = time.monotonic()
         _command(broker, "CLIENT", "PAUSE", "4000", "ALL")
         time.sleep(4)
@@ -125,7 +125,7 @@ def redis_paused(lab: Lab) -> list[float]:
 
 @row("F34", "SIGSTOP of Redis", "I9 I11", within_s=10)
 def redis_frozen(lab: Lab) -> list[float]:
-    with lab.traffic():
+    with lab.supervised(), lab.traffic():
         since = time.monotonic()
         os.kill(lab.valkey.process.pid, signal.SIGSTOP)
         time.sleep(lab.times(5, 30))
@@ -137,7 +137,7 @@ def redis_frozen(lab: Lab) -> list[float]:
 
 @row("F35", "slow Redis: 500 ms a chunk", "I9 I12", within_s=10)
 def redis_slow(lab: Lab) -> list[float]:
-    with lab.traffic(rate=lab.rate / 2):
+    with lab.supervised(), lab.traffic(rate=lab.rate / 2):
         since = time.monotonic()
         for delay_s in (0.5, 2.0, 25.0) if lab.is_long else (0.25,):
             with _through(lab, _ALL_REDIS, Mode.DELAY, delay_s=delay_s):
@@ -163,7 +163,7 @@ def redis_full(lab: Lab) -> list[float]:
 
 @row("F37", "every Redis connection is killed once a second", "I11", within_s=10)
 def redis_reset_storm(lab: Lab) -> list[float]:
-    with lab.redis() as broker, lab.traffic():
+    with lab.redis() as broker, lab.supervised(), lab.traffic():
 
         def storm() -> None:
             for kind in ("normal", "pubsub"):
@@ -176,7 +176,7 @@ def redis_reset_storm(lab: Lab) -> list[float]:
 
 @row("F38", "Redis takes no new connections (maxclients)", "I9", within_s=10)
 def redis_maxclients(lab: Lab) -> list[float]:
-    with lab.redis() as broker, lab.traffic():
+    with lab.redis() as broker, lab.supervised(), lab.traffic():
         since = time.monotonic()
         broker.config_set("maxclients", "1")
         for kind in ("normal", "pubsub"):
@@ -226,7 +226,7 @@ def redis_readonly(lab: Lab) -> list[float]:
 def postgres_restart(lab: Lab) -> list[float]:
     found = []
     for _ in range(lab.times(1, 10)):
-        with lab.traffic():
+        with lab.supervised(), lab.traffic():
             lab.postgres.stop()
             time.sleep(1)
             lab.postgres.restart()
@@ -238,7 +238,7 @@ def postgres_restart(lab: Lab) -> list[float]:
 def postgres_kill(lab: Lab) -> list[float]:
     found = []
     for _ in range(lab.times(3, 20)):
-        with lab.traffic(rate=lab.rate * 1.5):
+        with lab.supervised(), lab.traffic(rate=lab.rate * 1.5):
             lab.postgres.kill()
             lab.num_kills += 1
             since = time.monotonic()
@@ -255,7 +255,7 @@ def terminations(lab: Lab) -> list[float]:
         "AND pid <> pg_backend_pid() ORDER BY random() LIMIT 1"
     )
     since = time.monotonic()
-    with lab.traffic():
+    with lab.supervised(), lab.traffic():
         with _again_and_again(0.2, lambda: lab.query(sql)):
             time.sleep(lab.times(8, 60))
         found = lab.answers_again()
@@ -271,7 +271,7 @@ def commit_ambiguity(lab: Lab) -> list[float]:
     proxy = lab.proxies["gateway-postgres"]
     before = proxy.num_dropped
     mix = {"job": 1.0, "keyed": 1.0} if lab.has("idempotency") else {"job": 1.0}
-    with lab.traffic(rate=10, mix=mix):
+    with lab.supervised(), lab.traffic(rate=10, mix=mix):
         for _ in range(lab.times(10, 200)):
             proxy.set(Mode.DROP_REPLY, marker=b"INSERT INTO jobs")
             time.sleep(0.25)
@@ -284,7 +284,7 @@ def commit_ambiguity(lab: Lab) -> list[float]:
 
 @row("F55", "LOCK TABLE jobs for longer than a statement may take", "I5 I9", within_s=6)
 def table_lock(lab: Lab) -> list[float]:
-    with lab.traffic():
+    with lab.supervised(), lab.traffic():
         with lab.locked("jobs", "ACCESS EXCLUSIVE MODE"):
             time.sleep(lab.times(5, 20))
         return lab.answers_again()
@@ -293,7 +293,7 @@ def table_lock(lab: Lab) -> list[float]:
 @row("F55s", "slow Postgres: 300 ms a chunk", "I5 I9", within_s=6)
 def postgres_slow(lab: Lab) -> list[float]:
     since = time.time()
-    with lab.traffic(rate=lab.rate / 2):
+    with lab.supervised(), lab.traffic(rate=lab.rate / 2):
         with _through(lab, _ALL_POSTGRES, Mode.DELAY, delay_s=0.15):
             time.sleep(5)
         found = lab.answers_again()
@@ -303,7 +303,7 @@ def postgres_slow(lab: Lab) -> list[float]:
 
 @row("F57", "Postgres has no connection left", "I10", within_s=6)
 def no_connections(lab: Lab) -> list[float]:
-    with lab.traffic(), contextlib.ExitStack() as held:
+    with lab.supervised(), lab.traffic(), contextlib.ExitStack() as held:
         lab.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'switchyard-%%'")
         for _ in range(150):
             with contextlib.suppress(*session.DependencyDown):
@@ -315,7 +315,7 @@ def no_connections(lab: Lab) -> list[float]:
 
 @row("F58", "Postgres is read-only", "I10", within_s=6)
 def read_only(lab: Lab) -> list[float]:
-    with lab.traffic():
+    with lab.supervised(), lab.traffic():
         for value in ("on", "off"):
             lab.query(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
             lab.query("SELECT pg_reload_conf()")
@@ -327,7 +327,7 @@ def read_only(lab: Lab) -> list[float]:
 
 
 def _unreachable(lab: Lab, name: str, mode: Mode, seconds: float) -> list[float]:
-    with lab.traffic():
+    with lab.supervised(), lab.traffic():
         with _through(lab, (name,), mode):
             time.sleep(seconds)
         return lab.answers_again()
@@ -344,7 +344,7 @@ def gateway_loses_redis(lab: Lab) -> list[float]:
 @row("F65c", "gateways lose Postgres (reset)", "I9 I10 I22", within_s=6)
 def gateway_loses_postgres(lab: Lab) -> list[float]:
     url = f"http://127.0.0.1:{lab.ports['gateway-a']}/readyz"
-    with lab.traffic():
+    with lab.supervised(), lab.traffic():
         with _through(lab, ("gateway-postgres",), Mode.RESET):
             lab.until(lambda: httpx.get(url, timeout=5).status_code == 503, "503 from /readyz", 5.5)
             time.sleep(2)
@@ -359,7 +359,7 @@ def gateway_hangs_on_postgres(lab: Lab) -> list[float]:
 
 @row("F65d", "a worker loses Redis", "I1 I11", within_s=15)
 def worker_loses_redis(lab: Lab) -> list[float]:
-    with lab.traffic():
+    with lab.supervised(), lab.traffic():
         with _through(lab, ("worker-redis",), Mode.RESET):
             time.sleep(lab.times(4, 30))
         since = time.monotonic()

@@ -280,7 +280,7 @@ def overload(lab: Lab) -> list[float]:
         answers: list[asyncio.Task[Record]] = []
         while time.monotonic() - started < seconds:
             answers += [
-                asyncio.create_task(client.submit(client.nonce(), "default", {"token_ms": 60})) for _ in range(10)
+                asyncio.create_task(client.submit(client.nonce(), "default", {"token_ms": 200})) for _ in range(10)
             ]
             await asyncio.sleep(0.05)
         return await asyncio.gather(*answers)

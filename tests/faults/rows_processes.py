@@ -51,7 +51,7 @@ def _at_point(lab: Lab, patch: str) -> tuple[Record, float]:
 def before_commit(lab: Lab) -> list[float]:
     for _ in range(lab.times(1, 20)):
         rows = lab.query("SELECT count(*) FROM jobs")[0][0]
-        seen, _ = _at_point(lab, "import db.jobs\ndb.jobs.insert = die")
+        seen, _ = _at_point(lab, "import db.accept\ndb.accept.insert = db.accept.insert_once = die")
         assert seen.type == "info", f"answered {seen.status} before the commit"
         made = lab.query("SELECT count(*) FROM jobs")[0][0] - rows
         assert made == int(lab.has("idempotency")), f"{made} rows"

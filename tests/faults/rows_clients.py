@@ -39,9 +39,9 @@ def skewed_clocks(lab: Lab) -> list[float]:
     return lab.answers_again()
 
 
-@row("F75", "every message five times, to two workers", "I5", within_s=5)
+@row("F75", "every message five times, to two workers", "I5", within_s=10)
 def repeated_messages(lab: Lab) -> list[float]:
-    number = lab.times(200, 350)
+    number = lab.times(100, 350)
     with lab.redis() as broker:
         with lab.frozen("worker-a", "worker-b"):
             broker.delete("echo")
@@ -280,7 +280,7 @@ def overload(lab: Lab) -> list[float]:
         answers: list[asyncio.Task[Record]] = []
         while time.monotonic() - started < seconds:
             answers += [
-                asyncio.create_task(client.submit(client.nonce(), "default", {"token_ms": 60})) for _ in range(10)
+                asyncio.create_task(client.submit(client.nonce(), "default", {"token_ms": 120})) for _ in range(10)
             ]
             await asyncio.sleep(0.05)
         return await asyncio.gather(*answers)

@@ -6,6 +6,7 @@ not named updates nothing (the fence). Rows are locked in id order, so batches c
 """
 
 import datetime
+import enum
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,28 +42,57 @@ class Claimed:
         return self.run > 0
 
 
-def claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | None]:
-    """Take queued jobs for a worker: (job id, worker id) → the job, or None if it is not to be had
-    (a repeated message, a cancelled job, or this worker was declared dead)."""
-    worker_id = wanted[0][1]
+class Suspect(enum.Enum):
+    """A job that was running when its worker died, twice already. Whether it was the cause shows when it runs
+    with no other job beside it, which must not share its end."""
+
+    SUSPECT = enum.auto()
+
+
+_IS_SUSPECT = """
+    attempts <> '[]' AND 2 <= (SELECT count(*) FROM jsonb_array_elements(attempts) a
+        WHERE a ->> 'outcome' IN ('worker_died', 'backend_dead', 'backend_stalled'))
+"""
+
+
+def claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | Suspect | None]:
+    """Take queued jobs for a worker: (job id, worker id) → the job; Suspect where only `claim_alone` gets it;
+    None if it is not to be had (a repeated message, a cancelled job, or this worker was declared dead)."""
+    claimed = _claim(cursor, wanted, f"NOT ({_IS_SUSPECT})")
+    missing = [job_id for job_id, _ in wanted if job_id not in claimed]
+    suspects: set[uuid.UUID] = set()
+    if missing:
+        cursor.execute(
+            f"SELECT id FROM jobs WHERE id = ANY(%s) AND status = 'queued' AND {_IS_SUSPECT}",  # noqa: S608
+            (missing,),
+        )
+        suspects = {row[0] for row in cursor.fetchall()}
+    # A message delivered twice inside one batch is claimed once.
+    return [Suspect.SUSPECT if job_id in suspects else claimed.pop(job_id, None) for job_id, _ in wanted]
+
+
+def claim_alone(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | None]:
+    """As `claim`, for a worker that runs nothing else until this job has ended."""
+    claimed = _claim(cursor, wanted, "true")
+    return [claimed.pop(job_id, None) for job_id, _ in wanted]
+
+
+def _claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]], condition: str) -> dict[uuid.UUID, Claimed]:
     cursor.execute(
-        """
+        f"""
         UPDATE jobs SET status = 'running', attempt = attempt + 1, worker_id = %(worker)s,
             started_at = clock_timestamp(), first_token_at = NULL
         WHERE id IN (SELECT id FROM jobs WHERE id = ANY(%(ids)s) AND status = 'queued' AND leader_id IS NULL
-                     AND (deadline_at IS NULL OR deadline_at > clock_timestamp()) ORDER BY id FOR UPDATE)
+                     AND (deadline_at IS NULL OR deadline_at > clock_timestamp()) AND {condition}
+                     ORDER BY id FOR UPDATE)
           AND EXISTS (SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'dead')
         RETURNING id, attempt, payload, is_stream, backend, task, extract(epoch FROM created_at)::int,
                   extract(epoch FROM started_at - created_at)::float8 * 1000, jsonb_array_length(attempts),
                   coalesce(flight_id, id)
-        """,
-        {"worker": worker_id, "ids": [job_id for job_id, _ in wanted]},
+        """,  # noqa: S608 - conditions from this file alone
+        {"worker": wanted[0][1], "ids": [job_id for job_id, _ in wanted]},
     )
-    claimed: dict[uuid.UUID, Claimed | None] = {
-        row[0]: Claimed(row[0], row[1], bytes(row[2]), *row[3:]) for row in cursor.fetchall()
-    }
-    # A message delivered twice inside one batch is claimed once.
-    return [claimed.pop(job_id, None) for job_id, _ in wanted]
+    return {row[0]: Claimed(row[0], row[1], bytes(row[2]), *row[3:]) for row in cursor.fetchall()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +142,6 @@ def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[int | None]:
             WHERE response_cache.expires_at <= clock_timestamp()
                OR (SELECT is_cache_refresh FROM done d WHERE d.id = excluded.job_id))
         SELECT id, num_followers FROM done
-        UNION
-        SELECT j.id, j.num_followers FROM jobs j JOIN input i USING (id)
-        WHERE j.status = 'succeeded' AND j.attempt = i.attempt AND j.worker_id = i.worker_id
         """,
         [
             (o.id, o.attempt, o.worker_id, o.body, o.sha256, o.usage, o.ttft_ms, o.timings,
@@ -126,7 +153,17 @@ def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[int | None]:
         fetch=True,
     )  # fmt: skip
     mine = dict(rows)
-    return [mine.get(outcome.id) for outcome in outcomes]
+    return [mine[outcome.id] if outcome.id in mine else _stored_before(cursor, outcome) for outcome in outcomes]
+
+
+def _stored_before(cursor: Cursor, outcome: Finished) -> int | None:
+    """A look of its own: the statement's would not see what an overlapping first try committed meanwhile."""
+    cursor.execute(
+        "SELECT num_followers FROM jobs WHERE id = %s AND status = 'succeeded' AND attempt = %s AND worker_id = %s",
+        (outcome.id, outcome.attempt, outcome.worker_id),
+    )
+    row = cursor.fetchone()
+    return None if row is None else row[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,14 +25,16 @@ Connection = psycopg2.extensions.connection
 Cursor = psycopg2.extensions.cursor
 
 
-def connect(url: str, application_name: str, *, is_durable: bool = True) -> Connection:
+def connect(url: str, application_name: str, *, is_durable: bool = True, idle_s: float = 0.0) -> Connection:
     """An autocommit connection. `is_durable=False` commits without waiting for the disk: a crash of
-    Postgres itself may lose its last half second, so use it only for what can be done again."""
+    Postgres itself may lose its last half second, so use it only for what can be done again. `idle_s`: the
+    server ends a session, and frees its locks, that says nothing for so long (0: never)."""
     commit = "on" if is_durable else "off"
+    silence = f" -c idle_session_timeout={int(idle_s * 1000)}" if idle_s else ""
     connection: Connection = psycopg2.connect(
         url,
         application_name=application_name,
-        options=f"{_OPTIONS} -c synchronous_commit={commit} -c plan_cache_mode=force_generic_plan -c jit=off",
+        options=f"{_OPTIONS} -c synchronous_commit={commit} -c plan_cache_mode=force_generic_plan -c jit=off{silence}",
         **_NETWORK,
     )
     connection.autocommit = True

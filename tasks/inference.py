@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from backends.base import BackendDead, BackendError, EncodeCall, GenerateCall, InvalidCall, SamplingParams
 from catalog import ModelSpec
 from db import jobs
-from db.jobs import Claimed
-from db.lanes import LaneDown
+from db.jobs import Claimed, Suspect
+from db.lanes import Answer, Lane, LaneDown
 from db.models import JobStatus
 from tasks import celery, metrics, replay, responses, stream, transport
 from tasks.call import VERSION, Call
@@ -72,16 +72,32 @@ async def run(worker: "Worker", job_id: uuid.UUID, version: int) -> None:
         worker.outbox.send("LTRIM", transport.PARKED_KEY, 0, transport.MOST_PARKED - 1)
         log.error("message.parked", job_id=str(job_id), version=version, known=VERSION)
         return
+    async with worker.gate.together():
+        claimed = await _claim(worker, worker.claims, job_id)
+        if isinstance(claimed, Claimed):
+            await _run(worker, claimed)
+    if claimed is Suspect.SUSPECT:
+        async with worker.gate.alone():
+            alone = await _claim(worker, worker.claims_alone, job_id)
+            if isinstance(alone, Claimed):
+                await _run(worker, alone)
+
+
+async def _claim(worker: "Worker", claims: "Lane[tuple[uuid.UUID, int], Answer]", job_id: uuid.UUID) -> "Answer | None":
     if worker.is_leaving:
-        return  # the job stays queued; its message is sent again
+        return None  # the job stays queued; its message is sent again
     try:
-        claimed = await worker.claims.submit((job_id, worker.id))
+        claimed = await claims.submit((job_id, worker.id))
     except LaneDown:
         log.error("job.claim_failed", job_id=str(job_id))
-        return
+        return None
     if claimed is None:
         metrics.child(metrics.DROPPED_MESSAGES, "not_queued").inc()
-        return
+    return claimed
+
+
+async def _run(worker: "Worker", claimed: Claimed) -> None:
+    job_id = claimed.id
     log.info("job.claimed", job_id=str(job_id), attempt=claimed.attempt, queue_ms=round(claimed.queue_ms, 1))
     metrics.child(metrics.QUEUE_SECONDS, claimed.backend).observe(claimed.queue_ms / 1000)
     started = time.monotonic()
@@ -106,20 +122,25 @@ async def _attempt(worker: "Worker", attempt: Run) -> None:
             attempt.writer = await _writer(worker, attempt)
         body = await _compute(worker, attempt)
     except InvalidCall as error:
-        await _end(worker, job, "invalid_request", str(error), writer=attempt.writer)
+        await _fail(worker, attempt, "invalid_request", str(error), is_retryable=False)
     except BackendDead as error:
-        await _end(worker, job, "backend_dead", str(error), is_retryable=True, writer=attempt.writer)
+        await _fail(worker, attempt, "backend_dead", str(error))
         worker.die("the backend died")
     except BackendError as error:
-        await _end(worker, job, "backend_error", str(error), is_retryable=True, writer=attempt.writer)
+        await _fail(worker, attempt, "backend_error", str(error))
     except asyncio.CancelledError:
         await worker.stopped(attempt)
     except Exception as error:
         # A process border: a bug in one job's path must not take the other jobs of this worker along.
         log.exception("job.crashed", job_id=str(job.id))
-        await _end(worker, job, "internal_error", type(error).__name__, is_retryable=True, writer=attempt.writer)
+        await _fail(worker, attempt, "internal_error", type(error).__name__)
     else:
         await _finish(worker, attempt, body)
+
+
+async def _fail(worker: "Worker", attempt: Run, code: str, message: str, *, is_retryable: bool = True) -> None:
+    attempt.is_finishing = True
+    await _end(worker, attempt.job, code, message, is_retryable=is_retryable, writer=attempt.writer)
 
 
 async def _compute(worker: "Worker", attempt: Run) -> bytes:

@@ -31,6 +31,8 @@ log = structlog.get_logger()
 
 _LEADER_LOCK = 0x5357_0002
 _HOUSEKEEPING_S = 30.0
+_LONGEST_SILENCE = 10
+"""Passes a leader may miss before it loses its lock."""
 
 
 @dataclass(slots=True)
@@ -191,7 +193,9 @@ class Reconciler:
 
     def _lead(self) -> bool:
         if self._connection is None or self._connection.closed:
-            self._connection = session.connect(self._config.database_url, "switchyard-reconciler")
+            # A leader that hangs must not keep the lock: one that lives speaks in every pass.
+            silence = _LONGEST_SILENCE * self._config.sweep_s
+            self._connection = session.connect(self._config.database_url, "switchyard-reconciler", idle_s=silence)
             self._is_leader = False
         if not self._is_leader:
             with self._connection.cursor() as cursor:

@@ -26,6 +26,7 @@ from db.jobs import Claimed, Ended
 from db.lanes import Lane, LaneDown
 from db.models import JobStatus
 from tasks import inference, transport
+from tasks.gate import Gate
 from tasks.inference import Run
 from tasks.service_time import ServiceTime
 from tasks.stream import Broadcaster, Writer
@@ -55,6 +56,8 @@ class Worker:
         self._runs: dict[uuid.UUID, Run] = {}
         self._idle = asyncio.Event()
         self._idle.set()
+        self.gate = Gate()
+        """Every job passes it; one that may kill its worker passes alone."""
         self.is_leaving = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -68,6 +71,7 @@ class Worker:
         started = time.monotonic()
         await self.backend.start()
         self.claims = Lane(url, jobs.claim, is_durable=False, patience_s=_FINISH_PATIENCE_S)
+        self.claims_alone = Lane(url, jobs.claim_alone, is_durable=False, patience_s=_FINISH_PATIENCE_S)
         self.finishes = Lane(url, jobs.finish, patience_s=_FINISH_PATIENCE_S)
         self._ends = Lane(url, jobs.end, patience_s=_FINISH_PATIENCE_S)
         self._landings = Lane(url, _land, patience_s=_FINISH_PATIENCE_S)
@@ -151,7 +155,7 @@ class Worker:
             task.cancel()
         await self.outbox.close()
         await self.backend.stop()
-        for lane in (self.claims, self.finishes, self._ends, self._landings, self._owned):
+        for lane in (self.claims, self.claims_alone, self.finishes, self._ends, self._landings, self._owned):
             await lane.close()
         await self.redis.aclose()
         self._pulse.stop()

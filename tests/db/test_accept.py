@@ -11,6 +11,7 @@ import pytest
 
 from db import accept, flights, jobs, session
 from db.accept import Idempotency, NewJob, Reserved, Retry
+from db.jobs import Claimed
 from db.session import Cursor
 from tests.db.test_jobs import ending, new, result, state, worker
 
@@ -79,7 +80,7 @@ def test_followers_are_neither_claimed_nor_sent_nor_counted(cursor: Cursor) -> N
     assert jobs.find_unsent(cursor, "echo", -1) == [(leader.id, "echo", "generate")]
     assert jobs.depths(cursor)["echo"].num_queued == 1
     claimed, refused = jobs.claim(cursor, [(leader.id, life := worker(cursor)), (follower.id, life)])
-    assert claimed is not None
+    assert isinstance(claimed, Claimed)
     assert refused is None
 
 
@@ -138,7 +139,7 @@ def test_a_cancelled_leader_hands_over_to_its_oldest_follower(cursor: Cursor) ->
     assert (backend, task) == ("echo", "generate")
     assert flights.hand_over(cursor) == []
     claimed = jobs.claim(cursor, [(promoted, life := worker(cursor))])[0]
-    assert claimed is not None
+    assert isinstance(claimed, Claimed)
     assert (claimed.flight_id, claimed.was_begun, claimed.attempt) == (leader.id, True, 1)
     next_job = second if promoted == second.id else third
     assert jobs.finish(cursor, [result(next_job, life)]) == [1]
@@ -232,7 +233,7 @@ def test_a_failed_job_can_be_retried_under_its_id(cursor: Cursor) -> None:
     assert jobs.retry(cursor, [(job.id, "other"), (uuid.uuid4(), None)]) == [None, None]
     assert jobs.retry(cursor, [(job.id, None)]) == [("echo", "generate")]
     again = jobs.claim(cursor, [(job.id, life)])[0]
-    assert again is not None
+    assert isinstance(again, Claimed)
     assert (again.attempt, again.run) == (1, 2)
     assert jobs.finish(cursor, [result(job, life)]) == [0]
 
@@ -242,7 +243,7 @@ def test_what_killed_its_workers_is_quarantined(cursor: Cursor) -> None:
     accept.insert(cursor, [poison, unlucky])
     for _ in range(3):
         life = worker(cursor)
-        jobs.claim(cursor, [(poison.id, life)])
+        jobs.claim_alone(cursor, [(poison.id, life)])
         jobs.rescue(cursor, [life], 3)
     jobs.claim(cursor, [(unlucky.id, life := worker(cursor))])
     jobs.end(cursor, [ending(unlucky, life, is_retryable=True, max_attempts=1)])
@@ -251,3 +252,20 @@ def test_what_killed_its_workers_is_quarantined(cursor: Cursor) -> None:
     assert jobs.quarantined(cursor, 0) == frozenset()
     jobs.retry(cursor, [(poison.id, "t")])
     assert jobs.quarantined(cursor, 600) == frozenset()
+
+
+def test_what_was_there_at_two_deaths_is_claimed_alone(cursor: Cursor) -> None:
+    job, other = new(), new()
+    accept.insert(cursor, [job, other])
+    for _ in range(2):
+        life = worker(cursor)
+        assert isinstance(jobs.claim(cursor, [(job.id, life)])[0], Claimed)
+        jobs.rescue(cursor, [life], 3)
+    life = worker(cursor)
+    answers = jobs.claim(cursor, [(job.id, life), (other.id, life)])
+    assert answers[0] is jobs.Suspect.SUSPECT
+    assert isinstance(answers[1], Claimed)
+    alone = jobs.claim_alone(cursor, [(job.id, life)])[0]
+    assert alone is not None
+    assert alone.attempt == 3
+    assert jobs.claim(cursor, [(job.id, life)]) == [None]

@@ -196,6 +196,18 @@ def test_what_killed_every_worker_is_refused_for_a_while(stack: Stack) -> None:
         assert client.post("/v1/completions", json=body | {"prompt": "good", "options": {}}).status_code == 200
 
 
+def test_bystanders_outlive_a_job_that_kills_its_workers(stack: Stack) -> None:
+    with stack.client(timeout_s=120) as client:
+        paths = [submit(client, f"bystander {number}", first_token_ms=2500) for number in range(6)]
+        poison = submit(client, "poison", fail="exit", first_token_ms=800)  # type: ignore[arg-type]
+        for _ in range(3):
+            stack.processes.pop("echo").wait(60)
+            with contextlib.suppress(AssertionError):
+                stack.start_worker("echo", wait_s=10)
+        assert client.get(poison, params={"wait": 30}).json()["error"]["code"] == "attempts_exhausted"
+        assert answers(client, paths) == [f"bystander {number}" for number in range(6)]
+
+
 def test_a_message_of_an_unknown_version_is_parked_and_its_job_runs(stack: Stack, redis_url: str) -> None:
     with stack.client(timeout_s=60) as client, contextlib.closing(redis.Redis.from_url(redis_url)) as broker:
         stack.stop("echo")

@@ -182,17 +182,20 @@ class Lab:
             yield
 
     def peek(self, gateway: str) -> None:
-        """Note how many messages are in the queue while the row of an accepted call cannot be committed."""
+        """Note how many messages are in the queue while the rows of some calls cannot be committed."""
         url = f"http://127.0.0.1:{self.ports[gateway]}"
+        client = self.clients
         with self.frozen("worker-a", "worker-b"), self.redis() as broker:
             broker.delete("echo")
             with self.locked("jobs", "SHARE MODE"):
-                waiting = self.clients.begin(self.clients.submit(self.clients.nonce(), "default", {}, url=url))
-                time.sleep(0.5)
+                # Each frozen worker has asked for one message, and takes it without a word: send more than those.
+                waiting = [client.begin(client.submit(client.nonce(), "default", {}, url=url)) for _ in range(8)]
+                time.sleep(0.7)
                 length = broker.llen("echo")
-            seen = Record(op=self.history.next_op(), type="ok", kind="peek", at=time.monotonic(), num_messages=length)
-            self.history.add(seen)
-        waiting.result(60)
+        seen = Record(op=self.history.next_op(), type="ok", kind="peek", at=time.monotonic(), num_messages=length)
+        self.history.add(seen)
+        for future in waiting:
+            future.result(60)
 
     @contextlib.contextmanager
     def supervised(self) -> Iterator[None]:

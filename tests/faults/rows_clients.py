@@ -39,9 +39,9 @@ def skewed_clocks(lab: Lab) -> list[float]:
     return lab.answers_again()
 
 
-@row("F75", "every message five times, to two workers", "I5", within_s=5)
+@row("F75", "every message five times, to two workers", "I5", within_s=10)
 def repeated_messages(lab: Lab) -> list[float]:
-    number = lab.times(200, 350)
+    number = lab.times(100, 350)
     with lab.redis() as broker:
         with lab.frozen("worker-a", "worker-b"):
             broker.delete("echo")

@@ -391,5 +391,7 @@ def reconciler_loses_postgres(lab: Lab) -> list[float]:
             time.sleep(1)
             since = time.time()
             broker.delete("echo")
-        ids = [future.result(90) for future in started]
+        sql = "SELECT count(*) FROM jobs WHERE status = 'queued'"
+        lab.until(lambda: lab.query(sql) == [(0,)], "start of the jobs whose messages were lost", 20)
+    ids = [future.result(90) for future in started]
     return lab.starts(since, [job_id for job_id in ids if job_id is not None])

@@ -182,8 +182,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def real_run(lab: Lab) -> Run:
-    """Half a minute of ordinary life."""
-    with lab.traffic(rate=15):
+    """Some seconds of ordinary life, with a death in it."""
+    with lab.traffic(lead_s=3):
+        for tenant in ("default", "other"):
+            for life in (lab.clients.job, lab.clients.cancel, lab.clients.stream, lab.clients.foreign):
+                lab.clients.begin(life(tenant))
         lab.kill("worker-a")
         lab.start("worker-a")
     lab.heal()

@@ -13,7 +13,7 @@ import pytest
 
 from db import accept, jobs, session, workers
 from db.accept import NewJob
-from db.jobs import Ended, Filter, Finished
+from db.jobs import Claimed, Ended, Filter, Finished
 from db.models import TERMINAL, TRANSITIONS, JobStatus
 from db.session import Cursor
 
@@ -93,7 +93,9 @@ def test_one_of_many_racing_workers_wins(database_url: str, cursor: Cursor) -> N
     def race(life: int) -> None:
         with contextlib.closing(session.connect(database_url, "tests")) as connection, connection.cursor() as own:
             barrier.wait()
-            won.extend(job.id for job in jobs.claim(own, [(job_id, life) for job_id in ids]) if job is not None)
+            won.extend(
+                job.id for job in jobs.claim(own, [(job_id, life) for job_id in ids]) if isinstance(job, Claimed)
+            )
 
     threads = [threading.Thread(target=race, args=(life,)) for life in lives]
     for thread in threads:

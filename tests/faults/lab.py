@@ -308,11 +308,16 @@ class Lab:
             self._probe(name, functools.partial(self._answers, name))
         for name in ("worker-a", "worker-b"):
             self._probe(name, functools.partial(self.works, name))
+        self._probe("worker-a", self._is_quiet)
+        if not self._is_quiet():
+            # Neither worker gives back what it does not run.
+            self.kill("worker-b")
+            self._revive("worker-b")
 
     def close_books(self) -> tuple[audit.Ledger, audit.Ledger]:
         """Wait until nothing is live, then look twice."""
         with contextlib.suppress(AssertionError):
-            self.until(lambda: self.count("queued") + self.count("running") == 0, "quiet ledger", 60)
+            self.until(self._is_quiet, "quiet ledger", 60)
         before = audit.look(self.url)
         time.sleep(2)
         return before, audit.look(self.url)
@@ -374,6 +379,10 @@ class Lab:
             return answer.status_code == 200 and answer.elapsed.total_seconds() < _PROMPT_S
         except httpx.HTTPError:
             return False
+
+    def _is_quiet(self) -> bool:
+        """Whether no job is left behind: the row's clients have gone."""
+        return self.count("queued") + self.count("running") == 0
 
     def _probe(self, name: str, works: Callable[[], bool]) -> None:
         """Whether a process does its work again. One that does not is replaced, for the sake of the next row."""

@@ -142,9 +142,15 @@ class Lab:
         self.start(name)
 
     def reap(self, name: str, within_s: float = 20) -> None:
-        """Wait for a process that ends by itself."""
-        self.stack.processes.pop(name).wait(within_s)
-        self.num_kills += 1
+        """Wait for a process that ends by itself; one that does not is killed, and the row has failed."""
+        process = self.stack.processes[name]
+        try:
+            process.wait(within_s)
+            self.num_kills += 1
+        finally:
+            process.kill()
+            process.wait()
+            del self.stack.processes[name]
 
     def kill(self, name: str) -> None:
         """SIGKILL one process."""

@@ -149,7 +149,7 @@ class Clients:
         self.run(begin())
 
     def stop(self, within_s: float = _PATIENCE_S) -> None:
-        """No more arrivals; wait until everyone has left."""
+        """No more arrivals; wait until everyone has left, and send home who is still there after that long."""
 
         async def end() -> None:
             if self._arrivals is not None:
@@ -157,7 +157,9 @@ class Clients:
                 await asyncio.gather(self._arrivals, return_exceptions=True)
                 self._arrivals = None
             if self._lives:
-                await asyncio.wait(self._lives, timeout=within_s)
+                _, waiting = await asyncio.wait(self._lives, timeout=within_s)
+                for life in waiting:
+                    life.cancel()
 
         self.run(end(), within_s + 10)
 

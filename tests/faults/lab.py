@@ -142,9 +142,15 @@ class Lab:
         self.start(name)
 
     def reap(self, name: str, within_s: float = 20) -> None:
-        """Wait for a process that ends by itself."""
-        self.stack.processes.pop(name).wait(within_s)
-        self.num_kills += 1
+        """Wait for a process that ends by itself; one that does not is killed, and the row has failed."""
+        process = self.stack.processes[name]
+        try:
+            process.wait(within_s)
+            self.num_kills += 1
+        finally:
+            process.kill()
+            process.wait()
+            del self.stack.processes[name]
 
     def kill(self, name: str) -> None:
         """SIGKILL one process."""
@@ -308,11 +314,16 @@ class Lab:
             self._probe(name, functools.partial(self._answers, name))
         for name in ("worker-a", "worker-b"):
             self._probe(name, functools.partial(self.works, name))
+        self._probe("worker-a", self._is_quiet)
+        if not self._is_quiet():
+            # Neither worker gives back what it does not run.
+            self.kill("worker-b")
+            self._revive("worker-b")
 
     def close_books(self) -> tuple[audit.Ledger, audit.Ledger]:
         """Wait until nothing is live, then look twice."""
         with contextlib.suppress(AssertionError):
-            self.until(lambda: self.count("queued") + self.count("running") == 0, "quiet ledger", 60)
+            self.until(self._is_quiet, "quiet ledger", 60)
         before = audit.look(self.url)
         time.sleep(2)
         return before, audit.look(self.url)
@@ -374,6 +385,10 @@ class Lab:
             return answer.status_code == 200 and answer.elapsed.total_seconds() < _PROMPT_S
         except httpx.HTTPError:
             return False
+
+    def _is_quiet(self) -> bool:
+        """Whether no job is left behind: the row's clients have gone."""
+        return self.count("queued") + self.count("running") == 0
 
     def _probe(self, name: str, works: Callable[[], bool]) -> None:
         """Whether a process does its work again. One that does not is replaced, for the sake of the next row."""

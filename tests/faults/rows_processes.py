@@ -223,7 +223,7 @@ def before_claim(lab: Lab) -> list[float]:
 @row("F12", "kill -9 of a worker in the middle of generating", "I1 I5 I6 I21", within_s=6)
 def generating_worker(lab: Lab) -> list[float]:
     found = []
-    for number in range(lab.times(10, 300)):
+    for number in range(lab.times(6, 300)):
         name = ("worker-a", "worker-b")[number % 2]
         with lab.traffic(lead_s=0.2):
             started = _jobs(lab, 20)

@@ -42,6 +42,8 @@ _SURVEY_S = 0.5
 _SWEEP_S = 1.0
 _KEEP_ALIVE_S = 10.0
 _TOUCH_S = 5.0
+_LONG_S = 6.0
+"""For statements whose work grows with the tables: a little more than Postgres's own limit."""
 _KEY_VERSION = b"switchyard-cache-1\0"
 _CANONICAL = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
 
@@ -87,12 +89,12 @@ class Gateway:
         self.outcomes = Lane(url, jobs.outcome)
         self.views = Lane(url, jobs.view)
         self.payloads = Lane(url, jobs.payload)
-        self.pages = Lane(url, jobs.find)
+        self.pages = Lane(url, jobs.find, silence_s=_LONG_S)
         self.cancels = Lane(url, jobs.cancel)
-        self._dead_letters = Lane(url, jobs.dead_letters)
+        self._dead_letters = Lane(url, jobs.dead_letters, silence_s=_LONG_S)
         self._requeues = Lane(url, jobs.retry)
-        self.purges = Lane(url, cache.purge)
-        self.cache_stats = Lane(url, cache.stats)
+        self.purges = Lane(url, cache.purge, silence_s=_LONG_S)
+        self.cache_stats = Lane(url, cache.stats, silence_s=_LONG_S)
         self.log_entries = Lane(url, request_log.append, is_durable=False, linger_s=0.1, max_batch=5000)
         self._surveys = Lane(url, self._described)
         self._ended = Lane(url, jobs.ended)

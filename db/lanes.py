@@ -8,11 +8,15 @@ shares one fsync.
 
 import asyncio
 import contextlib
+import functools
+import os
 import queue
+import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import psycopg2
 import structlog
@@ -23,6 +27,10 @@ from db.session import Connection, Cursor
 log = structlog.get_logger()
 
 _LINGER_S = 0.001
+_FAIL_FAST_S = 1.0
+_PATIENT_S = 10.0
+"""Lanes with more patience than this carry what nobody waits for and nobody can send again."""
+_WATCH_S = 0.25
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -35,7 +43,9 @@ class LaneDown(Exception):
 class Lane(Generic[Item, Answer]):
     """Runs `statement(cursor, items) -> answers` (same length, same order) for items submitted one by one.
 
-    `linger_s` makes every batch wait that long for company: for what nobody waits for.
+    `patience_s`: how long it tries while Postgres is away; `silence_s`: how long one statement may stay
+    without an answer before its connection is cut. `linger_s` makes every batch wait that long for company:
+    for what nobody waits for.
     The statement must be safe to repeat: after a lost connection the batch is sent again.
     """
 
@@ -47,6 +57,7 @@ class Lane(Generic[Item, Answer]):
         is_durable: bool = True,
         max_batch: int = 256,
         patience_s: float = 2.0,
+        silence_s: float = 2.0,
         linger_s: float = 0.0,
         on_connect: Callable[[Cursor], None] | None = None,
     ) -> None:
@@ -55,11 +66,17 @@ class Lane(Generic[Item, Answer]):
         self._is_durable = is_durable
         self._max_batch = max_batch
         self._patience_s = patience_s
+        self._silence_s = silence_s
         self._linger_s = linger_s
         self._on_connect = on_connect
         self._name = f"switchyard-{statement.__name__}"
         self._items: queue.SimpleQueue[tuple[Item, asyncio.Future[Answer] | None] | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
+        self._asked_at: float | None = None
+        """time.monotonic() of the statement that Postgres has not answered yet."""
+        self._failed_at = float("-inf")
+        _watched.add(self)
+        _start_watch()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         self._thread.start()
@@ -73,6 +90,18 @@ class Lane(Generic[Item, Answer]):
     def send(self, item: Item) -> None:
         """Queue `item` for whose answer nobody waits; a failure is logged."""
         self._items.put((item, None))
+
+    def cut_if_silent(self) -> None:
+        """Cut a connection that has said nothing for too long: libpq would wait for ever for a server that
+        is neither dead nor answering. The thread then meets an error like any other."""
+        asked_at, connection = self._asked_at, self._connection
+        if asked_at is None or connection is None or time.monotonic() - asked_at < self._silence_s:
+            return
+        log.warning("lane.cut", lane=self._name)
+        with contextlib.suppress(OSError, *session.DependencyDown):
+            duplicate = socket.socket(fileno=os.dup(connection.fileno()))
+            with contextlib.closing(duplicate):
+                duplicate.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
         """Finish what was submitted, then close the connection."""
@@ -141,7 +170,9 @@ class Lane(Generic[Item, Answer]):
             return [error for _ in items]
 
     def _execute(self, items: Sequence[Item]) -> Sequence[Answer]:
-        deadline = time.monotonic() + self._patience_s
+        # Who asks while Postgres is known to be away gets one try, not a wait.
+        is_down = self._patience_s < _PATIENT_S and time.monotonic() - self._failed_at < _FAIL_FAST_S
+        deadline = time.monotonic() + (0.0 if is_down else self._patience_s)
         pause = 0.05
         while True:
             try:
@@ -149,6 +180,7 @@ class Lane(Generic[Item, Answer]):
             except session.DependencyDown as error:
                 self._drop_connection()
                 if time.monotonic() + pause > deadline:
+                    self._failed_at = time.monotonic()
                     raise
                 log.warning("lane.retry", lane=self._name, error=type(error).__name__)
                 time.sleep(pause)
@@ -160,11 +192,31 @@ class Lane(Generic[Item, Answer]):
             if self._on_connect is not None:
                 with self._connection.cursor() as cursor:
                     self._on_connect(cursor)
-        with self._connection.cursor() as cursor:
-            return self._statement(cursor, items)
+        self._asked_at = time.monotonic()
+        try:
+            with self._connection.cursor() as cursor:
+                return self._statement(cursor, items)
+        finally:
+            self._asked_at = None
 
     def _drop_connection(self) -> None:
         if self._connection is not None:
             with contextlib.suppress(*session.DependencyDown):
                 self._connection.close()
             self._connection = None
+
+
+_watched: "weakref.WeakSet[Lane[Any, Any]]" = weakref.WeakSet()
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(_WATCH_S)
+        for lane in list(_watched):
+            lane.cut_if_silent()
+
+
+@functools.cache
+def _start_watch() -> None:
+    """One thread for all lanes of a process."""
+    threading.Thread(target=_watch, name="lane-watch", daemon=True).start()

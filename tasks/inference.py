@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import orjson
 import structlog
-from redis.exceptions import RedisError
 from tokenizers import Tokenizer
 
 from backends.base import BackendDead, BackendError, EncodeCall, GenerateCall, InvalidCall, SamplingParams
@@ -248,7 +247,7 @@ async def _writer(worker: "Worker", attempt: Run) -> stream.Writer:
         return stream.Writer(job.flight_id, worker.broadcaster)
     try:
         past = stream.latest_run(await stream.history(worker.redis, job.flight_id))
-    except (RedisError, OSError):
+    except transport.DOWN:
         past = []
     attempt.outputs = [_output(attempt) for _ in range(len(call.token_ids) * call.n)]
     for event in past:

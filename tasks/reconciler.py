@@ -17,7 +17,6 @@ from uuid import UUID
 import orjson
 import redis.asyncio
 import structlog
-from redis.exceptions import RedisError
 
 import catalog
 import settings
@@ -228,7 +227,7 @@ async def queues(client: redis.asyncio.Redis, backends: Sequence[str]) -> Queues
         for backend in backends:
             pipeline.llen(backend)
         is_known, *lengths = await pipeline.execute()
-    except (RedisError, OSError):
+    except transport.DOWN:
         return Queues(None)
     return Queues(dict(zip(backends, lengths, strict=True)), is_wiped=not is_known)
 

@@ -16,7 +16,6 @@ from uuid import UUID
 import orjson
 import redis.asyncio
 import structlog
-from redis.exceptions import RedisError
 
 from tasks import transport
 from tasks.output import Piece
@@ -189,7 +188,7 @@ class Subscriber:
     async def close(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*transport.DOWN):
             await self._pubsub.aclose()  # type: ignore[no-untyped-call]
             await self._client.aclose()
 
@@ -282,7 +281,7 @@ class Subscriber:
     async def _history(self, job_id: UUID) -> list[Event]:
         try:
             return await history(self._client, job_id)
-        except (RedisError, OSError):
+        except transport.DOWN:
             return []
 
     async def _add_reader(self, key: bytes, reader: "_Reader") -> None:
@@ -291,7 +290,7 @@ class Subscriber:
         if len(readers) > 1 and readers[0].subscribed.is_set():
             reader.subscribed.set()
             return
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*transport.DOWN):
             await self._pubsub.subscribe(key)
 
     async def _remove_reader(self, key: bytes, reader: "_Reader") -> None:
@@ -299,7 +298,7 @@ class Subscriber:
         if reader in readers:
             readers.remove(reader)
         if not readers and self._readers.pop(key, None) is not None:
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(*transport.DOWN):
                 await self._pubsub.unsubscribe(key)
 
     async def _run(self) -> None:
@@ -312,7 +311,7 @@ class Subscriber:
                     message = await self._pubsub.get_message(timeout=5.0)
                     if message is not None:
                         self._receive(message)
-            except (RedisError, OSError) as error:
+            except transport.DOWN as error:
                 log.warning("subscriber.retry", error=type(error).__name__)
                 for readers in self._readers.values():
                     for reader in readers:

@@ -14,6 +14,10 @@ from redis.exceptions import RedisError
 
 log = structlog.get_logger()
 
+DOWN = (RedisError, OSError, RuntimeError)
+"""What a command raises while Redis is away. uvloop answers a write to a connection that was reset with a
+RuntimeError ("the handler is closed")."""
+
 DONE_CHANNEL = "switchyard:done"
 """JSON [[job id, status], …]: these jobs reached a final state. Gateways listen."""
 STOP_CHANNEL = "switchyard:stop"
@@ -116,7 +120,7 @@ class Outbox:
                 for command in batch:
                     pipeline.execute_command(*command)
                 await pipeline.execute(raise_on_error=False)
-        except (RedisError, OSError) as error:
+        except DOWN as error:
             log.warning("outbox.retry", error=type(error).__name__, commands=len(batch))
             return False
         return True

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import orjson
 import structlog
-from redis.exceptions import RedisError
 
 import catalog
 import settings
@@ -35,6 +34,7 @@ log = structlog.get_logger()
 
 EXIT_DEAD = 70
 """The process cannot serve again and must be restarted (EX_SOFTWARE)."""
+_SILENCE_S = 6.0
 _FINISH_PATIENCE_S = 60.0
 """A result outlasts a restart of Postgres this long."""
 
@@ -70,11 +70,13 @@ class Worker:
         log.info("worker.loading", models=list(self.models), lease_s=lease_s)
         started = time.monotonic()
         await self.backend.start()
-        self.claims = Lane(url, jobs.claim, is_durable=False, patience_s=_FINISH_PATIENCE_S)
-        self.claims_alone = Lane(url, jobs.claim_alone, is_durable=False, patience_s=_FINISH_PATIENCE_S)
-        self.finishes = Lane(url, jobs.finish, patience_s=_FINISH_PATIENCE_S)
-        self._ends = Lane(url, jobs.end, patience_s=_FINISH_PATIENCE_S)
-        self._landings = Lane(url, _land, patience_s=_FINISH_PATIENCE_S)
+        self.claims = Lane(url, jobs.claim, is_durable=False, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S)
+        self.claims_alone = Lane(
+            url, jobs.claim_alone, is_durable=False, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S
+        )
+        self.finishes = Lane(url, jobs.finish, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S)
+        self._ends = Lane(url, jobs.end, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S)
+        self._landings = Lane(url, _land, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S)
         self._owned = Lane(url, jobs.owned)
         self._strays: set[tuple[uuid.UUID, int]] = set()
         self.redis = transport.connect(self._config.redis_url, timeout_s=5.0)
@@ -211,8 +213,13 @@ class Worker:
             if self._pulse.is_dead:
                 self.die("declared dead: the lease ran out")
                 return
-            with contextlib.suppress(LaneDown):
+            try:
                 await self._compare(await self._owned.submit(self.id))
+            except LaneDown:
+                continue
+            except Exception:
+                # Nothing that goes wrong once may end this watch: it finds what every other path missed.
+                log.exception("watch.failed")
 
     async def _compare(self, owned: list[jobs.Owned]) -> None:
         """Stop what is no longer ours; give back what is ours but does not run here, because the answer
@@ -249,12 +256,12 @@ class Worker:
                     for job_id in orjson.loads(message["data"]) if message else ():
                         if run := self._runs.get(uuid.UUID(job_id)):
                             self._stop(run)
-            except (RedisError, OSError) as error:
+            except transport.DOWN as error:
                 log.warning("listen.retry", error=type(error).__name__)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 2.0)
             finally:
-                with contextlib.suppress(RedisError, OSError):
+                with contextlib.suppress(*transport.DOWN):
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
 
 

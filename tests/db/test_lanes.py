@@ -1,9 +1,12 @@
 """Lanes: batching, order, errors, and a Postgres that goes away."""
 
 import asyncio
+import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import psycopg2
 import pytest
@@ -12,6 +15,7 @@ from db import request_log, session
 from db.lanes import Lane, LaneDown
 from db.session import Cursor
 from local import servers
+from tests.faults.proxy import Mode, Proxy
 
 
 async def test_what_arrives_while_busy_becomes_one_statement(database_url: str) -> None:
@@ -98,3 +102,28 @@ def test_log_entries_arrive_as_they_are(database_url: str) -> None:
         cursor.execute("SELECT request_id, endpoint, tenant, prompt, is_stream, ttft_ms FROM request_log ORDER BY id")
         assert cursor.fetchall() == [("a", "/x", None, odd, True, 1.5), ("\\N", "", None, None, False, None)]
     connection.close()
+
+
+async def test_a_server_that_says_nothing_is_given_up(database_url: str) -> None:
+    """Neither dead nor answering: libpq alone would wait for ever."""
+    parts = urlsplit(database_url)
+    assert parts.port is not None
+    with contextlib.closing(Proxy(parts.port)) as proxy:
+        netloc = parts.netloc.rpartition(":")[0] + f":{proxy.port}"
+        lane = Lane(urlunsplit(parts._replace(netloc=netloc)), _echo, patience_s=1, silence_s=1)
+        assert await lane.submit(1) == 1
+        proxy.set(Mode.HANG)
+        for longest_s in (5.0, 3.5):  # the second asks a server known to be away: one try
+            started = time.monotonic()
+            with pytest.raises(LaneDown):
+                await lane.submit(2)
+            assert time.monotonic() - started < longest_s
+        proxy.set(Mode.PASS)
+        await asyncio.sleep(1.1)
+        assert await lane.submit(3) == 3
+        await lane.close()
+
+
+def _echo(cursor: Cursor, items: Sequence[int]) -> list[int]:
+    cursor.execute("SELECT unnest(%s)", (list(items),))
+    return [row[0] for row in cursor.fetchall()]

@@ -9,7 +9,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev models up down status logs test faults faults-long check format bench clean
+.PHONY: help install install-dev models up down status logs test faults faults-long mutants check format bench clean
 
 help: ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,12 +42,13 @@ test: install-dev ## Run the tests against real servers and real small models
 	$(RUN) -m pytest $(ARGS)
 
 faults: install-dev ## Break a stack on purpose and check what was promised (12 min)
-	$(RUN) -m pytest -m faults tests/faults
-	$(RUN) -m tests.faults $(ARGS)
+	@$(RUN) -m tests.faults $(ARGS)
 
 faults-long: install-dev ## As faults, with every row and many repetitions (about an hour)
+	@$(RUN) -m tests.faults --long $(ARGS)
+
+mutants: install-dev ## Seed faults into the code and the history: the checker must catch each
 	$(RUN) -m pytest -m faults tests/faults
-	$(RUN) -m tests.faults --long $(ARGS)
 
 check: install-dev ## Check format, lint, types and the direction of imports
 	$(RUN) -m ruff format --check .

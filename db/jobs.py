@@ -37,6 +37,9 @@ class Claimed:
     flight_id: uuid.UUID
     """Under whose name the run's events are kept: this job's, or that of the leader it took over from."""
 
+    token: int
+    """Grows with every claim of the run: readers ignore what earlier attempts still write (the fence of its events)."""
+
     @property
     def was_begun(self) -> bool:
         return self.run > 0
@@ -88,7 +91,7 @@ def _claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]], condition: s
           AND EXISTS (SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'dead')
         RETURNING id, attempt, payload, is_stream, backend, task, extract(epoch FROM created_at)::int,
                   extract(epoch FROM started_at - created_at)::float8 * 1000, jsonb_array_length(attempts),
-                  coalesce(flight_id, id)
+                  coalesce(flight_id, id), (extract(epoch FROM started_at) * 1000)::bigint
         """,  # noqa: S608 - conditions from this file alone
         {"worker": wanted[0][1], "ids": [job_id for job_id, _ in wanted]},
     )

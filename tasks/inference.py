@@ -246,14 +246,14 @@ async def _writer(worker: "Worker", attempt: Run) -> stream.Writer:
     if not job.was_begun:
         return stream.Writer(job.flight_id, worker.broadcaster)
     try:
-        past = stream.latest_run(await stream.history(worker.redis, job.flight_id))
+        past = stream.latest_run(await stream.take_over(worker.redis, job.flight_id, job.token))
     except transport.DOWN:
         past = []
     attempt.outputs = [_output(attempt) for _ in range(len(call.token_ids) * call.n)]
     for event in past:
         if event.piece is not None:
             attempt.outputs[event.choice].resume(event.piece)
-    return stream.Writer(job.flight_id, worker.broadcaster, past, run=job.run)
+    return stream.Writer(job.flight_id, worker.broadcaster, past, run=job.run, token=job.token)
 
 
 async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:

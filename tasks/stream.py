@@ -4,6 +4,9 @@ Events are numbered from 1 without gaps. Each flush appends a batch to the run's
 comes late) and publishes the same bytes on the channel of the same name (for who listens). An attempt
 that cannot find the events of the one before it starts again at a later thousand thousand: who has seen
 nothing yet does not mind, and who has seen some knows that these do not continue them.
+
+An attempt that takes over writes its token into the stream first. Whatever an older attempt, hung or cut
+off until now, appends behind it has a lower token, and every reader passes over it.
 """
 
 import asyncio
@@ -56,9 +59,11 @@ class Event:
 class Writer:
     """Numbers one run's events and hands them to the outbox at its next flush."""
 
-    def __init__(self, flight_id: UUID, broker: "Broadcaster", past: Sequence[Event] = (), run: int = 0) -> None:
+    def __init__(self, flight_id: UUID, broker: "Broadcaster", past: Sequence[Event] = (), run: int = 0,
+                 token: int = 0) -> None:  # fmt: skip
         """`past` are the events of the attempts before; without them run number `run` begins anew."""
         self.flight_id = flight_id
+        self.token = token
         self.first = past[0].seq if past else run * RUN_STEP + 1
         self.seq = past[-1].seq if past else self.first - 1
         self.marks = [_mark(event.choice, event.piece) for event in past if event.piece is not None]
@@ -98,35 +103,63 @@ class Broadcaster:
 
     def __init__(self, outbox: transport.Outbox) -> None:
         self._outbox = outbox
-        self._dirty: dict[UUID, Writer] = {}
+        self._dirty: dict[Writer, None] = {}
         outbox.add_source(self._drain)
 
     def dirty(self, writer: Writer) -> None:
-        self._dirty[writer.flight_id] = writer
+        self._dirty[writer] = None
         self._outbox.wake()
 
     def _drain(self) -> list[tuple[Any, ...]]:
         commands: list[tuple[Any, ...]] = []
         writers, self._dirty = self._dirty, {}
-        for writer in writers.values():
+        for writer in writers:
             events, writer.pending = writer.pending, []
             key = transport.chunks_key(writer.flight_id)
-            data = encode(events)
+            data = encode(Batch(writer.token, events))
             commands.append(("XADD", key, "*", "events", data))
             commands.append(("PUBLISH", key, data))
-            if events[0].is_first or events[-1].status:
+            # A stream may outlast what it keeps: its time starts anew every now and then.
+            if events[0].is_first or events[-1].status or events[-1].seq % _EXPIRE_EVERY < len(events):
                 commands.append(("EXPIRE", key, transport.CHUNKS_TTL_S))
         return commands
 
 
-async def history(client: redis.asyncio.Redis, flight_id: UUID) -> list[Event]:
-    """Every event of a run that Redis still has, each once, in order."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Events of one attempt, as they travel."""
+
+    token: int
+    """`Claimed.token`; 0 for a run's first attempt."""
+    events: list[Event]
+
+
+async def history(client: redis.asyncio.Redis, flight_id: UUID) -> Batch:
+    """Every event of a run that Redis still has, each once, in order; and the latest attempt's token."""
+    return _in_order(await client.xrange(transport.chunks_key(flight_id)))
+
+
+async def take_over(client: redis.asyncio.Redis, flight_id: UUID, token: int) -> list[Event]:
+    """Fence off the attempts before this one, and get what they wrote until then."""
+    key, fence = transport.chunks_key(flight_id), encode(Batch(token, []))
+    pipeline: Any = client.pipeline(transaction=False)
+    pipeline.execute_command("XADD", key, "*", "events", fence)
+    pipeline.execute_command("PUBLISH", key, fence)
+    pipeline.expire(key, transport.CHUNKS_TTL_S)
+    pipeline.xrange(key)
+    return _in_order((await pipeline.execute())[-1]).events
+
+
+def _in_order(entries: Any) -> Batch:
+    token = 0
     events: dict[int, Event] = {}
-    entries: Any = await client.xrange(transport.chunks_key(flight_id))
     for _, fields in entries:
-        for event in decode(fields[b"events"]):
-            events.setdefault(event.seq, event)
-    return [events[seq] for seq in sorted(events)]
+        batch = decode(fields[b"events"])
+        if batch.token >= token:
+            token = batch.token
+            for event in batch.events:
+                events.setdefault(event.seq, event)
+    return Batch(token, [events[seq] for seq in sorted(events)])
 
 
 def latest_run(events: Sequence[Event]) -> Sequence[Event]:
@@ -136,12 +169,14 @@ def latest_run(events: Sequence[Event]) -> Sequence[Event]:
     return run if run and run[-1].seq - run[0].seq == len(run) - 1 else []
 
 
-def encode(events: list[Event]) -> bytes:
-    return orjson.dumps(events)
+def encode(batch: Batch) -> bytes:
+    return orjson.dumps(batch if batch.token else batch.events)
 
 
-def decode(data: bytes) -> list[Event]:
-    return [_event(**fields) for fields in orjson.loads(data)]
+def decode(data: bytes) -> Batch:
+    found = orjson.loads(data)
+    token, events = (0, found) if isinstance(found, list) else (found["token"], found["events"])
+    return Batch(token, [_event(**fields) for fields in events])
 
 
 def _event(seq: int, choice: int, piece: dict[str, Any] | None, status: str | None) -> Event:
@@ -152,9 +187,10 @@ def _event(seq: int, choice: int, piece: dict[str, Any] | None, status: str | No
 
 _SUBSCRIBE_S = 0.5
 _GRACE_S = 0.25
+_EXPIRE_EVERY = 256
 _MOST_UNREAD = 256
 """Batches a reader may be behind."""
-_ENDED: list[Event] = []
+_ENDED = Batch(0, [])
 
 
 @dataclass(slots=True, eq=False)
@@ -229,11 +265,12 @@ class Subscriber:
         key = transport.chunks_key(flight_id).encode()
         reader = _Reader(asyncio.Event(), asyncio.Queue(_MOST_UNREAD))
         await self._add_reader(key, reader)
-        last, is_lost = 0, False
+        last, token, is_lost = 0, 0, False
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(reader.subscribed.wait(), _SUBSCRIBE_S)
-            past = await self._history(flight_id)
+            known = await self._history(flight_id)
+            past, token = known.events, known.token
             while True:
                 for event in past:
                     if event.seq == last + 1 or (event.is_first and not last):
@@ -250,18 +287,21 @@ class Subscriber:
                     return
                 if batch is None:
                     yield None
-                past = batch or []
+                past = []
+                if batch is not None and batch is not _ENDED and batch.token >= token:
+                    past, token = batch.events, batch.token
                 has_gap = bool(past) and not is_lost and past[0].seq > last + 1
                 if batch is _ENDED or has_gap or self._is_stale(reader):
-                    past = [*await self._history(flight_id), *past]
+                    known = await self._history(flight_id)
+                    past, token = [*known.events, *past], max(token, known.token)
                 if batch is _ENDED:
                     is_lost = True  # whatever is still missing after this look will not come
         finally:
             await self._remove_reader(key, reader)
 
-    async def _next(self, watch: "Watch", reader: "_Reader", tick_s: float) -> "list[Event] | None":
+    async def _next(self, watch: "Watch", reader: "_Reader", tick_s: float) -> Batch | None:
         """The next batch; None after `tick_s`; `_ENDED` where the job is over and no more is coming."""
-        getter: asyncio.Future[Any] = asyncio.ensure_future(reader.events.get())
+        getter: asyncio.Future[Any] = asyncio.ensure_future(reader.batches.get())
         try:
             await asyncio.wait({getter, watch.ended}, timeout=tick_s, return_when=asyncio.FIRST_COMPLETED)
             if not getter.done() and watch.ended.done():
@@ -278,11 +318,11 @@ class Subscriber:
         is_stale, reader.is_stale = reader.is_stale or not reader.subscribed.is_set(), False
         return is_stale
 
-    async def _history(self, job_id: UUID) -> list[Event]:
+    async def _history(self, flight_id: UUID) -> Batch:
         try:
-            return await history(self._client, job_id)
+            return await history(self._client, flight_id)
         except transport.DOWN:
-            return []
+            return Batch(0, [])
 
     async def _add_reader(self, key: bytes, reader: "_Reader") -> None:
         readers = self._readers.setdefault(key, [])
@@ -327,21 +367,21 @@ class Subscriber:
         elif message["type"] == "message" and channel == transport.DONE_CHANNEL.encode():
             self.ended(job_id for job_id, _ in orjson.loads(message["data"]))
         elif message["type"] == "message":
-            events = decode(message["data"])
+            batch = decode(message["data"])
             for reader in self._readers.get(channel, ()):
-                reader.put(events)
+                reader.put(batch)
 
 
 @dataclass(slots=True, eq=False)
 class _Reader:
     subscribed: asyncio.Event
-    events: asyncio.Queue[list[Event]]
+    batches: asyncio.Queue[Batch]
     is_stale: bool = False
 
-    def put(self, events: list[Event]) -> None:
+    def put(self, batch: Batch) -> None:
         """A reader that falls behind keeps nothing, and reads from Redis when it has caught up."""
-        if self.events.full():
-            while not self.events.empty():
-                self.events.get_nowait()
+        if self.batches.full():
+            while not self.batches.empty():
+                self.batches.get_nowait()
             self.is_stale = True
-        self.events.put_nowait(events)
+        self.batches.put_nowait(batch)

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,20 @@ def test_a_stream_goes_on_when_its_worker_is_replaced(stack: Stack) -> None:
     assert stack.stop("old") == 0
     assert stream.text() == text
     assert stack.query("SELECT attempt, jsonb_array_length(attempts) FROM jobs") == [(1, 1)]
+
+
+def test_a_frozen_worker_that_comes_back_writes_nothing_into_the_stream(stack: Stack) -> None:
+    text = "thawed in the middle of its successor's work " * 9
+    body = {"model": "echo", "prompt": text, "max_tokens": 1000, "options": {"token_ms": 30}}
+    stream = stack.read_stream("/v1/completions", body)
+    stream.wait_for(30)
+    stack.start_worker("echo", "second")
+    stack.kill("echo", signal.SIGSTOP)
+    attempts = "SELECT attempt FROM jobs WHERE status = 'running'"
+    stack.wait_until(lambda: stack.query(attempts) == [(2,)], "second attempt")
+    stack.kill("echo", signal.SIGCONT)
+    assert stream.text() == text
+    assert stack.query("SELECT attempt, (usage ->> 'completion_tokens')::int FROM jobs") == [(2, len(text))]
 
 
 def test_a_job_that_kills_its_worker_every_time_ends_as_exhausted(stack: Stack) -> None:

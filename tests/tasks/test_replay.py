@@ -99,3 +99,16 @@ def test_a_history_with_a_hole_is_no_history() -> None:
     assert stream.latest_run(history(2, 3)) == []
     assert stream.latest_run([]) == []
     assert [event.seq for event in stream.latest_run(history(4, 5, step + 1, step + 2))] == [step + 1, step + 2]
+
+
+def test_what_a_fenced_attempt_still_writes_is_passed_over() -> None:
+    def entry(token: int, *numbers: int, text: str) -> tuple[bytes, dict[bytes, bytes]]:
+        events = [Event(number, 0, Piece(text, (), [])) for number in numbers]
+        return b"0-0", {b"events": stream.encode(stream.Batch(token, events))}
+
+    known = stream._in_order([
+        entry(0, 1, 2, text="old"), entry(7, text=""), entry(0, 3, 4, text="zombie"), entry(7, 3, text="new"),
+        entry(0, 5, text="zombie"),
+    ])  # fmt: skip
+    assert known.token == 7
+    assert [(one.seq, one.piece.text) for one in known.events if one.piece] == [(1, "old"), (2, "old"), (3, "new")]

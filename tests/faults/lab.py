@@ -372,7 +372,7 @@ class Lab:
 
     def _revive(self, name: str) -> None:
         # What is being broken may well break again as it starts; whoever needs it waits for it.
-        with contextlib.suppress(AssertionError, *session.DependencyDown):
+        with contextlib.suppress(AssertionError, KeyError, httpx.HTTPError, *session.DependencyDown):
             self.start(name)
 
     def _answers(self, gateway: str) -> bool:
@@ -397,7 +397,8 @@ class Lab:
             self.until(works, f"work of {name}", _PROBE_S)
         except (AssertionError, *session.DependencyDown) as error:
             record.type, record.error = "info", str(error)
-            self.kill(name)
+            with contextlib.suppress(ProcessLookupError):
+                self.kill(name)
             self._revive(name)
         record.seconds = time.monotonic() - record.at
         self.history.add(record)

@@ -328,6 +328,7 @@ def quarantined(lab: Lab) -> list[float]:
     with lab.stack.client() as client, lab.supervised():
         path = client.post("/v1/jobs", json=body).headers["location"]
         lab.until(lambda: client.get(path, params={"wait": 5}).json().get("status") == "failed", "its end", 40)
+        time.sleep(1)  # two surveys of a gateway
         again = client.post("/v1/jobs", json=body)
     assert (again.status_code, again.json()["error"]["code"]) == (409, "quarantined"), again.text
     return [again.elapsed.total_seconds()]

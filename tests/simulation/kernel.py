@@ -153,9 +153,9 @@ class Process:
     async def main(self) -> None:
         raise NotImplementedError
 
-    def rebirth(self) -> None:
+    def rebirth(self, name: str) -> None:
         """A supervisor starts a process in this one's place."""
-        type(self)(self.kernel, self.name)
+        type(self)(self.kernel, name)
 
     def spawn(self, name: str, coroutine: Coroutine[Operation, Any, None]) -> Task:
         task = Task(self, name, coroutine)
@@ -173,6 +173,7 @@ class Faults:
 
     crash: float = 0.01
     hang: float = 0.006
+    freeze: float = 0.001
     stop: float = 0.004
     session_cut: float = 0.006
     postgres_crash: float = 0.002
@@ -194,7 +195,7 @@ class Faults:
         return faults
 
 
-PER_STEP = ("crash", "hang", "stop", "session_cut", "postgres_crash", "redis_wiped", "redis_away", "stall")
+PER_STEP = ("crash", "hang", "freeze", "stop", "session_cut", "postgres_crash", "redis_wiped", "redis_away", "stall")
 
 
 class Kernel:
@@ -278,7 +279,7 @@ class Kernel:
         # A host that vanishes, unlike a process that dies, leaves its locks to a time-out.
         linger_s = 6.0 if self.is_faulty and self.rng.random() < 0.2 else 0.0
         self.later(linger_s, lambda: self._unlock(process.sessions))
-        self.later(self.rng.random() * 2, process.rebirth)
+        self.later(self.rng.random() * 2, functools.partial(process.rebirth, process.name))
 
     def _unlock(self, sessions: list[object]) -> None:
         for session in sessions:

@@ -91,7 +91,7 @@ async def compute(owner: Any, attempt: Any) -> bytes:
         await Exit()
     if kind == "invalid":
         raise InvalidCall("refused")
-    if kind == "flaky" and chance < 0.5:
+    if kind == "broken" or (kind == "flaky" and chance < 0.5):
         raise BackendError("failed")
     if kind == "flaky" and chance < 0.6:
         raise BackendDead("dead")

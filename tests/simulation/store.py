@@ -295,7 +295,7 @@ class SimStore:
             _, key, before = self._undo.pop()
             table: dict[Any, Any] = self.jobs if isinstance(key, uuid.UUID) else self.workers
             if before is None:
-                del table[key]
+                table.pop(key, None)
             else:
                 table[key] = before
             if isinstance(key, uuid.UUID):

@@ -8,6 +8,7 @@ order of calls of the rest: `Gateway._accept` and `cancel`, the threads and lane
 import asyncio
 import contextlib
 import functools
+import math
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ CONFIG = Settings.model_construct(
 MAX_JOBS = 10
 SETTLE_S = 120.0
 """With faults off, everything ends within this."""
-KINDS = ("quick", "quick", "quick", "slow", "slow", "flaky", "flaky", "invalid", "poison")
+KINDS = ("quick", "quick", "quick", "slow", "slow", "flaky", "flaky", "broken", "invalid", "poison")
 
 
 class Lane:
@@ -328,7 +329,7 @@ class Reconciler(Process):
             self._session, self._is_leader = object(), False
             self.sessions[:] = [self._session]
         if not self._is_leader:
-            lock = "leader" if world.has_one_leader else self
+            lock = "leader" if world.has_one_leader else f"leader {self.name}"
             self._is_leader = await Statement(self, "try_lock", lock, session=self._session)
         if not self._is_leader:
             return
@@ -519,7 +520,7 @@ class World(Kernel):
         return [process for process in self.processes if isinstance(process, Worker)]
 
     def backend_of(self, worker: str) -> str:
-        return self.backends[int(worker[-1]) % len(self.backends)]
+        return self.backends[int(worker.removeprefix("worker")[0]) % len(self.backends)]
 
     def run(self, num_steps: int) -> None:
         """Raises Violation."""
@@ -567,7 +568,12 @@ class World(Kernel):
         elif fault == "crash":
             self.end(process)
         elif fault == "hang":
-            process.hung_until = self.now + rng.random() * 9
+            process.hung_until = max(process.hung_until, self.now + rng.random() * 9)
+        elif fault == "freeze":
+            if isinstance(process, Reconciler) and self.has_one_leader:
+                return  # whose lock nothing would free: a leader must be killed, not left hanging
+            process.hung_until = math.inf
+            process.rebirth(f"{process.name}.{len(self.processes)}")
         elif fault == "session_cut":
             if not process.sessions:
                 return
@@ -579,7 +585,9 @@ class World(Kernel):
             process.is_leaving = True
             process.spawn("drain", process.drain())
         name = (
-            f" of {process.name}" if process is not None and fault in ("crash", "hang", "session_cut", "stop") else ""
+            f" of {process.name}"
+            if process is not None and fault in ("crash", "hang", "freeze", "session_cut", "stop")
+            else ""
         )
         self.note(f"*** {fault}{name}")
         self.coverage[fault] += 1
@@ -624,5 +632,5 @@ class World(Kernel):
 
     def _is_quiet(self) -> bool:
         return all(row.status in TERMINAL for row in self.store.jobs.values()) and not any(
-            worker._runs for worker in self.workers
+            worker._runs for worker in self.workers if worker.hung_until < math.inf
         )

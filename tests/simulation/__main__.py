@@ -30,11 +30,13 @@ def main() -> int:
     for tally in play_all(options.start, options.seeds, options.steps, options.processes, options.mutant):
         total.add(tally)
         rate = total.num_seeds / (time.monotonic() - started)
-        print(f"\r{total.num_seeds:,} schedules, {rate:,.0f}/s", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"\r{total.num_seeds:,} schedules, {rate:,.0f}/s", end="", file=sys.stderr, flush=True)
         if total.violation is not None:
             break
     took_s = time.monotonic() - started
-    print(file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     if total.violation is not None:
         seed, invariant, seen = total.violation
         print("\n".join(trace(seed, options.steps, parts)))

@@ -9,7 +9,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev models up down status logs test simulate check format bench clean
+.PHONY: help install install-dev models up down status logs test faults faults-long simulate check format bench clean
 
 help: ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,14 @@ logs: install ## Follow the logs of all processes, or of those whose name starts
 test: install-dev ## Run the tests against real servers and real small models
 	@$(RUN) -m local.models --all
 	$(RUN) -m pytest $(ARGS)
+
+faults: install-dev ## Break a stack on purpose and check what was promised (12 min)
+	$(RUN) -m pytest -m faults tests/faults
+	$(RUN) -m tests.faults $(ARGS)
+
+faults-long: install-dev ## As faults, with every row and many repetitions (about an hour)
+	$(RUN) -m pytest -m faults tests/faults
+	$(RUN) -m tests.faults --long $(ARGS)
 
 simulate: install-dev ## Play schedules of crashes and losses through the core; ARGS, e.g. "--seeds 100000"
 	@$(RUN) -m tests.simulation $(ARGS)

@@ -34,6 +34,9 @@ class BackendEntry(_Entry):
     runtime: Literal["gpt", "bert", "vllm", "echo"]
     concurrency: int = Field(32, ge=1, le=4096, description="Jobs one worker process keeps in flight.")
     max_queued: int = Field(10_000, ge=1, description="Queued jobs above which new ones are refused.")
+    max_queued_tokens: int = Field(
+        4_000_000, ge=1, description="Prompt tokens of queued jobs above which new ones are refused."
+    )
     workers: int = Field(1, ge=0, le=64, description="Worker processes `switchyard up` starts.")
     options: dict[str, Any] = Field(default_factory=dict, description="Passed to the runtime; see its file.")
 

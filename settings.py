@@ -38,6 +38,15 @@ class Settings(BaseSettings):
     resend_after_s: float = Field(5.0, gt=0, description="Seconds a job may stay queued before its message is doubted.")
     drain_s: float = Field(25.0, gt=0, description="Seconds a stopping process gives to what is running.")
     max_attempts: int = Field(3, ge=1, description="Attempts before a job fails with attempts_exhausted.")
+    quarantine_s: float = Field(
+        600.0, ge=0, description="Seconds for which a request that killed its worker on every attempt is refused."
+    )
+    stall_s: float = Field(
+        60.0, gt=0, description="Seconds without one finished step after which a busy backend counts as hung."
+    )
+    unsafe_servers: bool = Field(
+        False, description="Run on a Postgres or Redis whose settings can lose what was accepted."
+    )
     wait_s: float = Field(600.0, gt=0, description="Longest synchronous wait before the answer becomes a 202.")
     result_ttl_s: int = Field(86_400, ge=60, description="Seconds a finished job and its result are kept.")
 

@@ -5,8 +5,9 @@ import contextlib
 from collections.abc import AsyncIterator, Mapping
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Send
 
 from api import decoding, errors, schemas, views, wishes
 from api.gateway import Accepted, Gateway
@@ -16,13 +17,29 @@ from db.api_keys import ApiKey
 from db.cache import Hit
 from db.jobs import Outcome
 from db.lanes import LaneDown
-from db.models import JobStatus
+from db.models import TERMINAL, JobStatus
 from db.request_log import Entry
 from tasks.call import Call
 from tasks.responses import Frames, Identity
 
 SSE = "text/event-stream"
+_UNREAD_S = 30.0
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events for a client that reads them. One that reads nothing for half a minute is
+    disconnected: what it has not taken waits in no memory of ours, and it can come back for it."""
+
+    async def stream_response(self, send: Send) -> None:
+        async def within_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(_UNREAD_S):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None
+
+        await super().stream_response(within_time)
 
 
 async def infer(request: Request, endpoint: str, caller: ApiKey) -> Response:
@@ -61,7 +78,7 @@ async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey,
     if wish.preference_applied:
         headers |= {"Preference-Applied": wish.preference_applied, "Vary": "Prefer"}
     if call.stream and not wish.is_async:
-        return StreamingResponse(_watched(gateway, made, caller, wish), 200, headers | NO_BUFFERING, SSE)
+        return EventStream(_watched(gateway, made, caller, wish), 200, headers | NO_BUFFERING, SSE)
     try:
         outcome = await _wait(request, gateway, made, caller, wish)
     finally:
@@ -97,11 +114,8 @@ async def _watched(gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish)
     """The stream; closes its watch, and cancels the job where the caller asked for that and is gone."""
     is_whole = False
     try:
-        async for piece in gateway.stream(made.identity, made.call, made.watch):
+        async for piece in gateway.stream(made.identity, made.flight_id, made.call, made.watch):
             yield piece
-        is_whole = True
-    except errors.APIError as error:
-        yield errors.stream_error(error)
         is_whole = True
     finally:
         made.watch.close()
@@ -111,14 +125,15 @@ async def _watched(gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish)
 
 
 async def _accepted(gateway: Gateway, made: Accepted, caller: ApiKey, headers: dict[str, str]) -> Response:
-    """202: the job goes on by itself."""
+    """202: the job goes on by itself; 200 where it is an earlier one that has ended."""
     try:
         view = await gateway.views.submit((made.job_id, caller.tenant))
     except LaneDown:
         view = None
     body = views.job(view) if view is not None else {"id": str(made.job_id), "object": "job", "status": "queued"}
     location = {"Location": f"/v1/jobs/{made.job_id}", "Retry-After": "1"}
-    return Response(orjson.dumps(body), 202, headers | location, "application/json")
+    is_over = made.is_replayed and view is not None and view.status in TERMINAL
+    return Response(orjson.dumps(body), 200 if is_over else 202, headers | location, "application/json")
 
 
 def _from_outcome(gateway: Gateway, entry: Entry, outcome: Outcome, headers: dict[str, str]) -> Response:
@@ -167,13 +182,14 @@ def _count_usage(entry: Entry, usage: Mapping[str, int] | None) -> None:
 
 
 def _headers(made: Accepted) -> dict[str, str]:
-    return {
+    headers = {
         "x-job-id": str(made.job_id),
         "x-cache": made.cache_verdict,
         "x-model-used": made.model,
         "x-backend": made.backend,
-        "x-route-reason": made.decision.reason,
+        "x-route-reason": made.route_reason,
     }
+    return headers | {"Idempotent-Replayed": "true"} if made.is_replayed else headers
 
 
 def times(outcome: Outcome) -> dict[str, str]:

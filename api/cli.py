@@ -22,7 +22,7 @@ from api import views
 from catalog import Catalog, CatalogError
 from db import api_keys, cache, jobs, session, workers
 from db.cache import Purge
-from db.jobs import Filter
+from db.jobs import DeadLetters, Filter
 from db.models import JobStatus
 from db.session import Cursor
 from local import servers, stack
@@ -121,6 +121,7 @@ def create_key(
     tenant: Annotated[str, typer.Option(help="Whose jobs and cache it reaches.")] = "default",
     admin: Annotated[bool, typer.Option("--admin", help="May see and purge across tenants.")] = False,
     expires_in_days: Annotated[float | None, typer.Option(help="No limit by default.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds until its jobs expire, unless they say so.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Revoke the tenant's keys of this name.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -128,7 +129,13 @@ def create_key(
     expires_in_s = None if expires_in_days is None else expires_in_days * 86_400
     with _cursor() as cursor:
         secret, key = api_keys.create(
-            cursor, name, tenant, is_admin=admin, expires_in_s=expires_in_s, is_replacing=replace
+            cursor,
+            name,
+            tenant,
+            is_admin=admin,
+            expires_in_s=expires_in_s,
+            timeout_s=timeout,
+            is_replacing=replace,
         )
     if as_json:
         print(json.dumps({"id": str(key.id), "key": secret, "name": name, "tenant": tenant}))
@@ -181,7 +188,14 @@ def list_jobs(
     rows = [views.job(view) for view in found]
     if not as_json:
         shown = ("id", "status", "endpoint", "model", "backend", "attempt")
-        rows = [{**{name: row[name] for name in shown}, "run_ms": row["metrics"]["run_ms"]} for row in rows]
+        rows = [
+            {
+                **{name: row[name] for name in shown},
+                "run_ms": row["metrics"]["run_ms"],
+                "error": (row["error"] or {}).get("code"),
+            }
+            for row in rows
+        ]
     _show(rows, as_json)
 
 
@@ -218,6 +232,25 @@ def cancel_job(job_id: uuid.UUID) -> None:
     if state is not JobStatus.CANCELLED:
         _fail(f"the job has already {state}")
     console.print("cancelled")
+
+
+@jobs_app.command("retry")
+def retry_jobs(
+    job_ids: Annotated[list[uuid.UUID] | None, typer.Argument(help="Failed or expired jobs.")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Every failed job that the options below match.")] = False,
+    model: Annotated[str | None, typer.Option()] = None,
+    code: Annotated[str | None, typer.Option(help="The error code they failed with.")] = None,
+    tenant: Annotated[str | None, typer.Option()] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000)] = 1000,
+) -> None:
+    """Queue failed or expired jobs again, under their own ids. The reconciler sends them within seconds."""
+    if bool(job_ids) == failed:
+        _fail("name the jobs, or say --failed")
+    with _cursor() as cursor:
+        wanted = DeadLetters(tenant=tenant, model=model, code=code, limit=limit)
+        ids = job_ids or jobs.dead_letters(cursor, [wanted])[0]
+        retried = [found for found in jobs.retry(cursor, [(job_id, None) for job_id in ids]) if found is not None]
+    console.print(f"queued {len(retried)} of {len(ids)} again")
 
 
 @cache_app.command("stats")

@@ -145,6 +145,30 @@ class JobCancelled(InvalidRequest):
     is_permanent = True
 
 
+class IdempotencyKeyReuse(InvalidRequest):
+    status, code = 422, "idempotency_key_reuse"
+    default = "This Idempotency-Key was used for a different request."
+
+
+class Quarantined(InvalidRequest):
+    """Temporary, but far longer than any client's own retries."""
+
+    status, code = 409, "quarantined"
+    default = "This request has failed on every attempt lately, and is refused for a while."
+    is_permanent = True
+
+
+class StreamInterrupted(APIError):
+    status, code = 502, "stream_interrupted"
+    default = "The stream cannot go on without a gap; read the job's result instead."
+    is_permanent = True
+
+
+class GatewayStopping(APIError):
+    status, code, default = 503, "gateway_stopping", "This gateway is being replaced; go on with Last-Event-ID."
+    default_retry_s = 1.0
+
+
 class RateLimited(APIError):
     status, type, code = 429, "rate_limit_error", "rate_limited"
     default = "The API key's rate limit is reached."

@@ -22,18 +22,19 @@ from api.prompts import Prompts
 from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
 from catalog import ModelSpec
-from db import cache, jobs, request_log, workers
+from db import accept, cache, jobs, request_log, workers
+from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
 from db.cache import Hit
-from db.jobs import Depth, NewJob, Outcome
+from db.jobs import DeadLetters, Depth, Outcome
 from db.lanes import Lane, LaneDown
 from db.models import TERMINAL, JobStatus
 from db.session import Cursor
-from tasks import inference, metrics, router, transport
+from tasks import inference, metrics, replay, router, transport
 from tasks.call import Call
 from tasks.responses import Frames, Identity
 from tasks.router import Decision, Load
-from tasks.stream import Subscriber, Watch
+from tasks.stream import Interrupted, Subscriber, Watch
 
 log = structlog.get_logger()
 
@@ -42,6 +43,7 @@ _SWEEP_S = 1.0
 _KEEP_ALIVE_S = 10.0
 _TOUCH_S = 5.0
 _KEY_VERSION = b"switchyard-cache-1\0"
+_CANONICAL = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
 
 
 @dataclass(slots=True)
@@ -49,22 +51,18 @@ class Accepted:
     """A job that now exists, watched by its caller."""
 
     job_id: uuid.UUID
+    flight_id: uuid.UUID
+    """Under whose name the run's events are kept."""
     call: Call
-    decision: Decision
+    model: str
+    backend: str
+    route_reason: str
     created: int
     """Unix seconds, by Postgres's clock."""
     cache_verdict: str
     watch: Watch
-
-    @property
-    def model(self) -> str:
-        assert self.decision.chosen is not None
-        return self.decision.chosen.model
-
-    @property
-    def backend(self) -> str:
-        assert self.decision.chosen is not None
-        return self.decision.chosen.backend
+    is_replayed: bool = False
+    """An earlier sending of the same request made the job."""
 
     @property
     def identity(self) -> Identity:
@@ -81,22 +79,31 @@ class Gateway:
         self.prompts = Prompts(self.catalog)
         self.lookups = Lane(url, cache.lookup)
         self._touches = Lane(url, cache.touch, is_durable=False)
-        self._durable_inserts = Lane(url, jobs.insert)
-        self._relaxed_inserts = Lane(url, jobs.insert, is_durable=False)
+        self._durable_inserts = Lane(url, accept.insert)
+        self._relaxed_inserts = Lane(url, accept.insert, is_durable=False)
+        self._keyed_inserts = Lane(url, accept.insert_once)
+        self._keys = Lane(url, accept.find_key)
+        self._retries = Lane(url, accept.find_live)
         self.outcomes = Lane(url, jobs.outcome)
         self.views = Lane(url, jobs.view)
         self.payloads = Lane(url, jobs.payload)
         self.pages = Lane(url, jobs.find)
         self.cancels = Lane(url, jobs.cancel)
+        self._dead_letters = Lane(url, jobs.dead_letters)
+        self._requeues = Lane(url, jobs.retry)
         self.purges = Lane(url, cache.purge)
         self.cache_stats = Lane(url, cache.stats)
         self.log_entries = Lane(url, request_log.append, is_durable=False, linger_s=0.1, max_batch=5000)
-        self._surveys = Lane(url, _described)
+        self._surveys = Lane(url, self._described)
         self._ended = Lane(url, jobs.ended)
         self._redis = transport.connect(config.redis_url)
         self._outbox = transport.Outbox(self._redis)
         self.subscriber = Subscriber(config.redis_url)
         self.loads: dict[str, Load] = {}
+        self._quarantined: frozenset[bytes] = frozenset()
+        """Cache keys of requests that killed their workers lately."""
+        self._is_out_of_time = False
+        self._loop = asyncio.get_running_loop()
         self.surveyed_at = float("-inf")
         """time.monotonic() of the last time Postgres described its workers and queues."""
         self._hits: dict[bytes, int] = {}
@@ -117,12 +124,23 @@ class Gateway:
         lanes = [value for value in vars(self).values() if isinstance(value, Lane)]
         await asyncio.gather(*[lane.close() for lane in lanes])
 
+    def stop_waiting_in(self, seconds: float) -> None:
+        """The process is being replaced: whoever still waits or streams by then is told to ask another."""
+
+        def stop() -> None:
+            self._is_out_of_time = True
+            self.subscriber.wake_all()
+
+        self._loop.call_soon_threadsafe(self._loop.call_later, seconds, stop)
+
     async def submit(self, call: Call, caller: ApiKey, wish: Wish, request_id: str) -> Hit | Accepted:
-        """Answer from the cache, or make a job. Whatever refuses the call raises before a row exists."""
+        """Answer from the cache, join a job, or make one. Whatever refuses the call raises before a row exists."""
         steps = _Steps()
         models = self._models(call)
         plan = wishes.plan_cache(call, wish.cache, self.catalog.cache)
         keys = {model.name: cache_key(call, model, caller.tenant) for model in models}
+        if (joined := await self._join(call, caller, wish, list(keys.values()))) is not None:
+            return joined
         hit, verdict = await self._look_up(plan, wish, list(keys.values()))
         steps.mark("cache_ms")
         if hit is not None:
@@ -137,10 +155,12 @@ class Gateway:
         ready = tokenised[decision.chosen.model]
         assert isinstance(ready, Call)
         ready = replace(ready, model=decision.chosen.model)
+        if keys[ready.model] in self._quarantined:
+            raise errors.Quarantined()
         if plan.is_refresh:
             self.recent_hits.clear()
         job = self._new_job(ready, caller, wish, request_id, decision, verdict, plan, keys, steps.done)
-        return await self._accept(job, ready, decision, wish)
+        return await self._accept(job, ready, decision.reason, caller, wish)
 
     async def wait(self, watch: Watch, wait_s: float) -> Outcome | None:
         """The outcome once the watched job has ended; None if it takes longer than `wait_s`."""
@@ -157,33 +177,49 @@ class Gateway:
                 raise errors.DependencyUnavailable("The job was lost with a restart of the database; send it again.")
             if outcome.status in TERMINAL:
                 return outcome
+            if self._is_out_of_time:
+                raise errors.GatewayStopping()
             watch.rearm()
 
-    async def stream(self, identity: Identity, call: Call, watch: Watch, after: int = 0) -> AsyncIterator[bytes]:
-        """The watched job as server-sent events, each with its number as id. Where Redis lost some, the rest comes
-        from the stored answer. A stream that fails ends with an error event, never with `[DONE]`."""
+    async def stream(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch,
+                     after: int = 0) -> AsyncIterator[bytes]:  # fmt: skip
+        """The watched job's run as server-sent events, each with its number as id, from the first one after
+        number `after`. Where Redis lost some, the rest is made from the stored answer. A stream that fails ends
+        with an error event, never with `[DONE]`."""
+        try:
+            async for piece in self._frames(identity, flight_id, call, watch, after):
+                yield piece
+        except Interrupted:
+            yield errors.stream_error(errors.StreamInterrupted())
+        except errors.APIError as error:
+            yield errors.stream_error(error)
+
+    async def _frames(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch,
+                      after: int) -> AsyncIterator[bytes]:  # fmt: skip
         frames = Frames(identity, call)
-        sent: dict[int, int] = {}
-        status: str | None = None
-        async for event in self.subscriber.events(watch, after, _KEEP_ALIVE_S):
+        seen, is_whole = after, False
+        async for event in self.subscriber.events(watch, flight_id, _KEEP_ALIVE_S):
             if event is None:
                 yield b": keep-alive\n\n"
-            elif event.piece is not None:
-                piece, choice = event.piece, event.choice
-                sent[choice] = sent.get(choice, 0) + len(piece.text)
-                yield frames.chunk(choice, piece.text, piece.logprobs, piece.finish_reason, event.seq)
+            elif event.piece is None:
+                is_whole = True
             else:
-                status = event.status
+                made = frames.event(event)
+                if event.is_new_to(seen):
+                    seen = event.seq
+                    yield made
         outcome = await self._outcome(identity.job_id)
-        if outcome is None or outcome.status is not JobStatus.SUCCEEDED:
-            yield errors.stream_error(self.error_of(outcome))
-            return
-        if status is None:
-            if after:
-                yield errors.stream_error(errors.ConflictState("The events are gone; read the job's result instead."))
-                return
-            for lost in self._rest(frames, outcome, sent):
-                yield lost
+        if self._is_out_of_time and (outcome is None or outcome.status not in TERMINAL):
+            raise errors.GatewayStopping()
+        if outcome is None or outcome.body is None:
+            raise self.error_of(outcome)
+        if not is_whole:
+            frames = Frames(identity, call)
+            for event in replay.events(call, outcome.body, outcome.events):
+                made = frames.event(event)
+                if event.is_new_to(seen):
+                    seen = event.seq
+                    yield made
         yield frames.end(outcome.usage)
 
     async def cancel(self, job_id: uuid.UUID, tenant: str) -> JobStatus | None:
@@ -193,6 +229,19 @@ class Gateway:
             self._outbox.send("PUBLISH", transport.STOP_CHANNEL, orjson.dumps([str(job_id)]))
             self._outbox.send("PUBLISH", transport.DONE_CHANNEL, orjson.dumps([[str(job_id), status]]))
         return status
+
+    async def retry(self, job_id: uuid.UUID, tenant: str) -> bool:
+        """Queue a failed or expired job again; False if it is neither."""
+        found = await self._requeues.submit((job_id, tenant))
+        if found is not None:
+            inference.enqueue(self._outbox, [(job_id, *found)])
+        return found is not None
+
+    async def retry_all(self, wanted: DeadLetters) -> int:
+        """Queue the failed jobs that match again; how many they were."""
+        assert wanted.tenant is not None
+        ids = await self._dead_letters.submit(wanted)
+        return sum(await asyncio.gather(*[self.retry(job_id, wanted.tenant) for job_id in ids]))
 
     @staticmethod
     def error_of(outcome: Outcome | None) -> errors.APIError:
@@ -214,6 +263,38 @@ class Gateway:
     def is_surveying(self) -> bool:
         """Whether Postgres answered lately."""
         return time.monotonic() - self.surveyed_at < 4.0
+
+    async def _join(self, call: Call, caller: ApiKey, wish: Wish, keys: Sequence[bytes]) -> Accepted | None:
+        """The job that an earlier sending of this request made, if the caller says that there was one."""
+        if wish.idempotency_key is not None:
+            held = await self._keys.submit((caller.id, wish.idempotency_key))
+            if held is not None:
+                return await self._rejoin(held, fingerprint(call, wish), call, caller)
+        elif wish.is_retry:
+            job_id = await self._retries.submit(Retry(caller.id, tuple(keys), call.stream))
+            if job_id is not None:
+                return await self._watch_again(job_id, call, caller)
+        return None
+
+    async def _rejoin(self, held: Reserved, asked: bytes, call: Call, caller: ApiKey) -> Accepted:
+        if held.fingerprint != asked:
+            raise errors.IdempotencyKeyReuse()
+        return await self._watch_again(held.job_id, call, caller)
+
+    async def _watch_again(self, job_id: uuid.UUID, call: Call, caller: ApiKey) -> Accepted:
+        watch = self.subscriber.watch(job_id)
+        try:
+            view = await self.views.submit((job_id, caller.tenant))
+            if view is None:
+                raise errors.JobNotFound("The job of this Idempotency-Key has been deleted.")
+        except BaseException:
+            watch.close()
+            raise
+        if view.status in TERMINAL:
+            self.subscriber.ended([watch.job_id])
+        call = replace(call, token_ids=[])
+        return Accepted(job_id, view.flight_id, call, view.model, view.backend, view.decision["reason"],
+                        int(view.created_at.timestamp()), view.cache_verdict, watch, is_replayed=True)  # fmt: skip
 
     def _models(self, call: Call) -> list[ModelSpec]:
         models = router.models_for(self.catalog, call)
@@ -283,29 +364,44 @@ class Gateway:
             is_cache_refresh=plan.is_refresh,
             prompt_tokens=call.prompt_tokens,
             timings=orjson.dumps(timings).decode(),
-            timeout_s=wish.timeout_s,
+            timeout_s=wish.timeout_s or caller.timeout_s,
+            # A stream shares a run with streams: of another, it would see nothing before the end.
+            coalesce_key=keys[call.model] + bytes([call.stream]) if plan.is_read else None,
         )
 
-    async def _accept(self, job: NewJob, call: Call, decision: Decision, wish: Wish) -> Accepted:
-        """Commit the row, then send the message: the other order could run a job that nobody recorded.
+    async def _accept(self, job: NewJob, call: Call, reason: str, caller: ApiKey, wish: Wish) -> Accepted:
+        """Commit the row, then send the message: the other order could run a job that nobody recorded."""
+        watch = self.subscriber.watch(job.id, is_recorded=False)
+        try:
+            inserted = await self._insert(job, call, caller, wish)
+        except BaseException:
+            watch.close()
+            raise
+        if isinstance(inserted, Reserved):
+            watch.close()
+            return await self._rejoin(inserted, fingerprint(call, wish), call, caller)
+        watch.is_recorded = True
+        if inserted.leader_id is None:
+            inference.enqueue(self._outbox, [(job.id, job.backend, job.task)])
+            self._count_queued(job.backend, job.prompt_tokens)
+        log.info("job.accepted", job_id=str(job.id), request_id=job.request_id, model=job.model,
+                 backend=inserted.backend, endpoint=job.endpoint, prompt_tokens=job.prompt_tokens,
+                 leader_id=None if inserted.leader_id is None else str(inserted.leader_id))  # fmt: skip
+        return Accepted(job.id, inserted.flight_id, call, job.model, inserted.backend, reason,
+                        int(inserted.created_at.timestamp()), inserted.cache_verdict, watch)  # fmt: skip
+
+    async def _insert(self, job: NewJob, call: Call, caller: ApiKey, wish: Wish) -> Inserted | Reserved:
+        """Record the job; or learn that another request with the same Idempotency-Key was quicker.
 
         Whoever waits for the answer itself is promised nothing before it, and the answer's own commit
         carries this row to the disk with it; only they get the relaxed insert, one fsync less.
         """
+        if wish.idempotency_key is not None:
+            key = Idempotency(caller.id, wish.idempotency_key, fingerprint(call, wish))
+            reserved = await self._keyed_inserts.submit((key, job))
+            return reserved.inserted or reserved
         is_promised = job.is_stream or wish.is_async or wish.wait_s < 1.0
-        inserts = self._durable_inserts if is_promised else self._relaxed_inserts
-        watch = self.subscriber.watch(job.id, is_recorded=False)
-        try:
-            created = await inserts.submit(job)
-        except BaseException:
-            watch.close()
-            raise
-        watch.is_recorded = True
-        inference.enqueue(self._outbox, [(job.id, job.backend, job.task)])
-        self._count_queued(job.backend, job.prompt_tokens)
-        log.info("job.accepted", job_id=str(job.id), request_id=job.request_id, model=job.model, backend=job.backend,
-                 endpoint=job.endpoint, prompt_tokens=job.prompt_tokens)  # fmt: skip
-        return Accepted(job.id, call, decision, int(created.timestamp()), job.cache_verdict, watch)
+        return await (self._durable_inserts if is_promised else self._relaxed_inserts).submit(job)
 
     def _count_queued(self, backend: str, tokens: int) -> None:
         """Between two surveys the queue is at least as deep as what this process added."""
@@ -321,17 +417,6 @@ class Gateway:
         except LaneDown:
             raise errors.DependencyUnavailable() from None
 
-    @staticmethod
-    def _rest(frames: Frames, outcome: Outcome, sent: dict[int, int]) -> list[bytes]:
-        """What of the stored answer has not been sent yet."""
-        assert outcome.body is not None
-        rest = []
-        for choice in orjson.loads(outcome.body)["choices"]:
-            text = choice["message"]["content"] if "message" in choice else choice["text"]
-            rest.append(frames.chunk(choice["index"], text[sent.get(choice["index"], 0) :], [],
-                                     choice["finish_reason"]))  # fmt: skip
-        return rest
-
     async def _every(self, period_s: float, work: Callable[[], Awaitable[None]]) -> None:
         """Do `work` again and again. Nothing that goes wrong once may end it."""
         while True:
@@ -343,8 +428,13 @@ class Gateway:
                 log.exception("gateway.background_failed", work=work.__name__)
             await asyncio.sleep(period_s)
 
+    def _described(self, cursor: Cursor, items: Sequence[None]) -> "list[_Described]":
+        quarantined = jobs.quarantined(cursor, self.config.quarantine_s)
+        return [_Described(workers.alive(cursor), jobs.depths(cursor), quarantined)] * len(items)
+
     async def _survey(self) -> None:
-        lives, depths = await self._surveys.submit(None)
+        found = await self._surveys.submit(None)
+        lives, depths, self._quarantined = found.lives, found.depths, found.quarantined
         nothing = Depth(0, 0, 0, 0.0)
         self.loads = {
             name: Load.of((life for life in lives if life.backend == name), depths.get(name, nothing))
@@ -367,7 +457,7 @@ def cache_key(call: Call, model: ModelSpec, tenant: str) -> bytes:
     """SHA-256 over everything that changes the answer, and whose it is."""
     entry = model.entry
     scope = [tenant, model.name, model.revision, model.context_length, entry.default_max_tokens, entry.mask]
-    canonical = orjson.dumps([scope, call.canonical()], option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    canonical = orjson.dumps([scope, call.canonical()], option=_CANONICAL)
     return hashlib.sha256(_KEY_VERSION + canonical).digest()
 
 
@@ -402,8 +492,23 @@ class _Steps:
         self._last = now
 
 
-def _described(cursor: Cursor, items: Sequence[None]) -> list[tuple[list[workers.Life], dict[str, Depth]]]:
-    return [(workers.alive(cursor), jobs.depths(cursor))] * len(items)
+@dataclass(frozen=True, slots=True)
+class _Described:
+    lives: list[workers.Life]
+    depths: dict[str, Depth]
+    quarantined: frozenset[bytes]
+
+
+def fingerprint(call: Call, wish: Wish) -> bytes:
+    """SHA-256 of what was asked, however it was spelled."""
+    asked = [call.canonical(), call.model, call.stream, call.include_usage, wish.metadata, wish.timeout_s]
+    return hashlib.sha256(orjson.dumps(asked, option=_CANONICAL)).digest()
+
+
+def _drain_s(decision: Decision) -> float:
+    """When the shortest of the full queues is expected to be worked off, between 1 s and a minute."""
+    waits = [one.facts["wait_ms"] for one in decision.candidates if one.dropped == "queue_full"]
+    return min(max(min(waits) / 1000, 1.0), 60.0)
 
 
 def _refusal(decision: Decision, refusals: dict[str, errors.APIError]) -> errors.APIError:
@@ -412,7 +517,7 @@ def _refusal(decision: Decision, refusals: dict[str, errors.APIError]) -> errors
     for code in ("queue_full", "loading", "no_worker"):
         if code in dropped and not refusals:
             if code == "queue_full":
-                return errors.QueueFull()
+                return errors.QueueFull(retry_after_s=_drain_s(decision))
             state = "still loading" if code == "loading" else "not up"
             return errors.ModelUnavailable(f"The model is {state}; try again soon.")
     if refusals:

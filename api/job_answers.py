@@ -5,13 +5,13 @@ from uuid import UUID
 
 import orjson
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from api import answers, decoding, errors, schemas, views, wishes
 from api.gateway import Gateway
 from api.wishes import Wish
 from db.api_keys import ApiKey
-from db.jobs import Filter, View
+from db.jobs import DeadLetters, Filter, View
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from tasks.call import Call
@@ -30,7 +30,9 @@ async def create(request: Request, caller: ApiKey) -> Response:
         is_async=True,
         preference_applied=asked.preference_applied,
         metadata=wanted.metadata,
-        timeout_s=wanted.timeout_s,
+        timeout_s=wanted.timeout_s or asked.timeout_s,
+        idempotency_key=asked.idempotency_key,
+        is_retry=asked.is_retry,
     )
     return await answers.answer(request, gateway, wanted.call, caller, wish)
 
@@ -86,27 +88,31 @@ async def stream(request: Request, caller: ApiKey, job_id: UUID, starting_after:
     after = starting_after if starting_after is not None else int(last) if last.isdecimal() and len(last) < 10 else 0
     view = await _view(gateway, caller, job_id)
     try:
-        payload = await gateway.payloads.submit(job_id)
+        stored = await gateway.payloads.submit(job_id)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
-    if payload is None:
+    if stored is None:
         raise errors.JobNotFound()
-    call = Call.decode(payload)
+    call = Call.decode(stored[0])
     if call.task != "generate":
         raise errors.ConflictState("Only generation jobs can be streamed; read the job's result instead.")
     identity = Identity(view.endpoint, view.id, view.model, int(view.created_at.timestamp()))
-    return StreamingResponse(
-        _frames(gateway, identity, call, after), 200, answers.NO_BUFFERING | {"x-job-id": str(job_id)}, answers.SSE
+    return answers.EventStream(
+        _frames(gateway, identity, stored[1], call, after, view.status in TERMINAL),
+        200,
+        answers.NO_BUFFERING | {"x-job-id": str(job_id)},
+        answers.SSE,
     )
 
 
-async def _frames(gateway: Gateway, identity: Identity, call: Call, after: int) -> AsyncIterator[bytes]:
+async def _frames(gateway: Gateway, identity: Identity, flight_id: UUID, call: Call, after: int,
+                  is_over: bool) -> AsyncIterator[bytes]:  # fmt: skip
     watch = gateway.subscriber.watch(identity.job_id)
+    if is_over:
+        gateway.subscriber.ended([watch.job_id])
     try:
-        async for piece in gateway.stream(identity, call, watch, after):
+        async for piece in gateway.stream(identity, flight_id, call, watch, after):
             yield piece
-    except errors.APIError as error:
-        yield errors.stream_error(error)
     finally:
         watch.close()
 
@@ -122,6 +128,27 @@ async def cancel(request: Request, caller: ApiKey, job_id: UUID) -> Response:
     if status is not JobStatus.CANCELLED:
         raise errors.ConflictState(f"The job has already {status}.")
     return _json(views.job(await _view(gateway, caller, job_id)))
+
+
+async def retry(request: Request, caller: ApiKey, job_id: UUID) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    view = await _view(gateway, caller, job_id)
+    try:
+        is_queued = await gateway.retry(job_id, view.tenant)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if not is_queued:
+        raise errors.ConflictState("Only failed and expired jobs can be retried.")
+    return _json(views.job(await _view(gateway, caller, job_id)), 202, {"Retry-After": "1"})
+
+
+async def retry_all(request: Request, wanted: DeadLetters) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    try:
+        retried = await gateway.retry_all(wanted)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    return _json({"object": "job.retry", "retried": retried}, 202)
 
 
 async def explain(request: Request, caller: ApiKey, job_id: UUID) -> Response:

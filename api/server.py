@@ -8,14 +8,20 @@ import uvicorn
 
 import settings
 from api.app import create_app
-from tasks import logs
+from tasks import logs, server_settings
+
+_LAST_WORDS_S = 2.0
+"""Before the server closes what is still open, those who wait are told to ask another process."""
 
 
 class _Server(uvicorn.Server):
     """Says that it is stopping before it stops, so a load balancer can look elsewhere."""
 
     def handle_exit(self, sig: int, frame: object) -> None:
-        self.config.app.state.is_stopping = True  # type: ignore[union-attr]
+        state = self.config.app.state  # type: ignore[union-attr]
+        if not state.is_stopping and hasattr(state, "gateway"):
+            state.gateway.stop_waiting_in(max(state.gateway.config.drain_s - _LAST_WORDS_S, 0.0))
+        state.is_stopping = True
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
 
 
@@ -25,6 +31,7 @@ def main() -> int:
     index = parser.parse_args().index
     config = settings.load()
     logs.configure(f"gateway{index}")
+    server_settings.check(config)
     listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

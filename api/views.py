@@ -27,6 +27,7 @@ def job(view: View) -> JSON:
         "deadline_at": _seconds(view.deadline_at),
         "attempt": view.attempt,
         "cache": {"verdict": view.cache_verdict, "key": view.cache_key},
+        "leader": None if view.leader_id is None else str(view.leader_id),
         "usage": view.usage,
         "metrics": {
             "queue_ms": _between(view.created_at, view.started_at),
@@ -39,6 +40,7 @@ def job(view: View) -> JSON:
             "result": f"{path}/result",
             "stream": f"{path}/stream",
             "cancel": f"{path}/cancel",
+            "retry": f"{path}/retry",
             "explain": f"{path}/explain",
         },
         "metadata": view.metadata or {},
@@ -59,6 +61,7 @@ def explanation(view: View) -> JSON:
         "worker": view.worker,
         "decision": view.decision,
         "cache": {"verdict": view.cache_verdict, "key": view.cache_key},
+        "leader": None if view.leader_id is None else str(view.leader_id),
         "steps": _steps(view),
         "attempt": view.attempt,
         "attempts": view.attempts,

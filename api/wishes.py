@@ -1,6 +1,7 @@
 """What a request asks for beside its body: how long to wait, and what the cache may do.
 
-`Prefer: respond-async, wait=n` is RFC 7240; `Cache-Control` is RFC 9111's request side.
+`Prefer: respond-async, wait=n` is RFC 7240; `Cache-Control` is RFC 9111's request side;
+`Idempotency-Key` is draft-ietf-httpapi-idempotency-key-header.
 """
 
 import functools
@@ -15,6 +16,10 @@ from tasks.call import Call
 
 _MAX_HEADER = 512
 _WAIT = re.compile(r"wait\s*=\s*\"?(\d{1,6})\"?$")
+_KEY = re.compile(r"[!-~]{1,255}")
+_DURATION = re.compile(r"(\d{1,7})([smh]?)")
+_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600}
+_ASKING = ("prefer", "cache-control", "x-cancel-on-disconnect", "idempotency-key", "cancel-after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +45,17 @@ class Wish:
     metadata: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     cancels_on_disconnect: bool = False
+    idempotency_key: str | None = None
+    is_retry: bool = False
+    """OpenAI's SDK says that it sends this again."""
     is_plain: bool = False
     """No header asked for anything."""
 
 
 def read(headers: Headers, longest_wait_s: float) -> Wish:
     """The wish of an inference request. Preferences that are not ours are ignored, as RFC 7240 says."""
-    if "prefer" not in headers and "cache-control" not in headers and "x-cancel-on-disconnect" not in headers:
+    is_retry = headers.get("x-stainless-retry-count", "0") != "0"
+    if not is_retry and not any(name in headers for name in _ASKING):
         return _plain(longest_wait_s)
     is_async, wait_s = False, None
     applied = []
@@ -66,7 +75,31 @@ def read(headers: Headers, longest_wait_s: float) -> Wish:
         is_async=is_async,
         preference_applied=", ".join(applied) or None,
         cancels_on_disconnect=headers.get("x-cancel-on-disconnect", "").lower() == "true",
+        timeout_s=_cancel_after(headers.get("cancel-after")),
+        idempotency_key=_idempotency_key(headers.get("idempotency-key")),
+        is_retry=is_retry,
     )
+
+
+def _idempotency_key(value: str | None) -> str | None:
+    """The draft wants a quoted string; clients in the field send bare ones as well."""
+    if value is None:
+        return None
+    if len(value) > 1 and value[0] == value[-1] == '"':
+        value = value[1:-1]
+    if not _KEY.fullmatch(value):
+        raise errors.InvalidValue("Idempotency-Key must have 1 to 255 printable ASCII characters.")
+    return value
+
+
+def _cancel_after(value: str | None) -> float | None:
+    """Replicate's header: `30`, `30s`, `5m` or `1h` until the job expires."""
+    if value is None:
+        return None
+    match = _DURATION.fullmatch(value.strip())
+    if match is None or int(match[1]) == 0:
+        raise errors.InvalidValue("Cancel-After must be a whole number of seconds, or end in s, m or h.")
+    return float(int(match[1]) * _UNITS_S[match[2]])
 
 
 @functools.cache

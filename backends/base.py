@@ -143,6 +143,11 @@ class Backend(ABC):
         """Raise BackendDead once the runtime cannot serve again in this process. Cheap; called every second."""
         return
 
+    @abstractmethod
+    def num_steps(self) -> int:
+        """A number that grows with every step of the runtime's work. While calls are running and it stands
+        still, the runtime hangs."""
+
     def generate(self, call: GenerateCall) -> AsyncIterator[Chunk]:
         """Yield chunks until one has a finish_reason. Closing the iterator, or cancelling the task that
         reads it, takes the sequence out of the running batch before the next step."""

@@ -80,6 +80,9 @@ class BERTBackend(Backend):
         if self._thread is not None and not self._thread.is_alive():
             raise BackendDead("the forward thread has ended")
 
+    def num_steps(self) -> int:
+        return self.num_forward_passes
+
     async def embed(self, call: EncodeCall) -> np.ndarray:
         model = self._model(call, "embed")
         if call.dimensions is not None and not 1 <= call.dimensions <= model.dimension:

@@ -5,12 +5,14 @@ Token ids are the bytes of the prompt's UTF-8 text. `options` of a call, all opt
 - `first_token_ms`, `token_ms`: delays before the first token and between tokens (default 0).
 - `num_tokens`: repeat or cut the prompt to this many tokens (default: the prompt once).
 - `fail`: "error" fails the attempt, "invalid" refuses the call, "dead" ends the worker's backend,
-  "exit" kills the process, each after the prompt's tokens so far reached `fail_after` (default 0).
+  "exit" kills the process, "hang" never goes on, each after the prompt's tokens so far reached
+  `fail_after` (default 0).
 """
 
 import asyncio
 import hashlib
 import os
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -41,6 +43,7 @@ class EchoBackend(Backend):
         parameters=frozenset({"temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos"}),
     )
     _is_dead = False
+    _is_hung = False
 
     async def start(self) -> None:
         return
@@ -51,6 +54,9 @@ class EchoBackend(Backend):
     def check_health(self) -> None:
         if self._is_dead:
             raise BackendDead("echo was told to die")
+
+    def num_steps(self) -> int:
+        return 0 if self._is_hung else time.monotonic_ns()
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[Chunk]:
         tokens = self._tokens(call)
@@ -65,7 +71,7 @@ class EchoBackend(Backend):
             return
         for position in range(start, len(tokens)):
             if position == fails_at:
-                self._fail(str(call.options["fail"]))
+                await self._fail(str(call.options["fail"]))
             is_last = position + 1 == len(tokens)
             text = _text(tokens, position, position + 1)
             yield Chunk((tokens[position],), text, reason if is_last else None)
@@ -104,9 +110,12 @@ class EchoBackend(Backend):
         repeats = -(-wanted // max(len(prompt), 1))
         return (prompt * repeats)[:wanted]
 
-    def _fail(self, how: str) -> None:
+    async def _fail(self, how: str) -> None:
         if how == "exit":
             os._exit(1)
+        if how == "hang":
+            self._is_hung = True
+            await asyncio.Event().wait()
         if how == "invalid":
             raise InvalidCall("echo was told to refuse")
         if how == "dead":
@@ -117,7 +126,7 @@ class EchoBackend(Backend):
     async def _encode(self, call: EncodeCall) -> None:
         await _sleep_ms(call.options.get("first_token_ms", 0))
         if call.options.get("fail"):
-            self._fail(str(call.options["fail"]))
+            await self._fail(str(call.options["fail"]))
 
 
 async def _sleep_ms(delay: str | int | float) -> None:

@@ -94,6 +94,9 @@ class GPTBackend(Backend):
             await asyncio.to_thread(self._engine.stop)
         self._models.clear()
 
+    def num_steps(self) -> int:
+        return self._engine.num_steps if self._engine is not None else 0
+
     def check_health(self) -> None:
         failure = self._engine.failure if self._engine else None
         if isinstance(failure, BackendDead):

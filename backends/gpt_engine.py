@@ -230,6 +230,7 @@ class Engine:
     def __init__(self, deliver: Callable[[list[tuple[Sequence, Delta]]], None]) -> None:
         """`deliver` is called in the engine's thread, once per step that has something to say."""
         self.failure: BackendError | None = None
+        self.num_steps = 0
         self._deliver = deliver
         self._batches: list[Batch] = []
         self._work = threading.Event()
@@ -287,6 +288,7 @@ class Engine:
                         return
                     if deltas := batch.step():
                         self._deliver(deltas)
+                    self.num_steps += 1
             if self._is_stopping:
                 return
 

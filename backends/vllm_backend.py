@@ -133,6 +133,9 @@ class VLLMBackend(Backend):
             if engine.llm.errored:
                 raise BackendDead(f"the vllm engine of {name} is dead")
 
+    def num_steps(self) -> int:
+        return sum(engine.steps.count for engine in self._engines.values())
+
     async def generate(self, call: GenerateCall) -> AsyncIterator[Chunk]:
         engine = self._engines.get(call.model)
         if engine is None:
@@ -159,9 +162,25 @@ class VLLMBackend(Backend):
                 await engine.llm.abort(call.request_id)
 
 
+class _Steps:
+    """Counts an engine's steps by the outputs that it sends after each: calls that do not stream get theirs
+    at the end only."""
+
+    def __init__(self, llm: "AsyncLLM") -> None:
+        self.count = 0
+        process = llm.output_processor.process_outputs
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return process(*args, **kwargs)
+
+        llm.output_processor.process_outputs = counted
+
+
 @dataclass(frozen=True, slots=True)
 class _Engine:
     llm: "AsyncLLM"
+    steps: _Steps
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
     context_length: int
@@ -209,7 +228,7 @@ async def _start_engine(spec: BackendSpec, model: ModelSpec) -> _Engine:
         llm.shutdown(timeout=0)
         raise
     processes = tuple(set(multiprocessing.active_children()) - before)
-    return _Engine(llm, tokenizer, eos_token_ids, model.context_length, processes)
+    return _Engine(llm, _Steps(llm), tokenizer, eos_token_ids, model.context_length, processes)
 
 
 def _engine_config(spec: BackendSpec, model: ModelSpec) -> "VllmConfig":

@@ -75,7 +75,7 @@ def running(config: str, *, durable: bool = True, env: Mapping[str, str] | None 
         )  # fmt: skip
         made = Stack(settings.port, "", home, {"postgres": postgres.process, "valkey": valkey.process})
         exits.callback(_stop, made, [made.processes[name] for name in ("postgres", "valkey")])
-        _start(made, settings, dict(env or {}))
+        _start(made, settings, {"SWITCHYARD_UNSAFE_SERVERS": str(not durable), **(env or {})})
         made.key = _key(postgres.url)
         _wait(made, catalog.load(file, settings.models_dir))
         yield made

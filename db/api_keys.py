@@ -24,9 +24,11 @@ class ApiKey:
     created_at: datetime.datetime
     expires_at: datetime.datetime | None
     revoked_at: datetime.datetime | None
+    timeout_s: float | None
+    """Deadline of its jobs where they name none."""
 
 
-_COLUMNS = "id, tenant, name, prefix, is_admin, created_at, expires_at, revoked_at"
+_COLUMNS = "id, tenant, name, prefix, is_admin, created_at, expires_at, revoked_at, timeout_s"
 
 
 def hash_of(secret: str) -> bytes:
@@ -34,7 +36,7 @@ def hash_of(secret: str) -> bytes:
 
 
 def create(cursor: Cursor, name: str, tenant: str, *, is_admin: bool = False, expires_in_s: float | None = None,
-           is_replacing: bool = False) -> tuple[str, ApiKey]:  # fmt: skip
+           timeout_s: float | None = None, is_replacing: bool = False) -> tuple[str, ApiKey]:  # fmt: skip
     """A new key: (secret, record). The secret cannot be had again. `is_replacing` revokes living keys
     of the same name and tenant."""
     secret = PREFIX + secrets.token_urlsafe(32)
@@ -45,10 +47,10 @@ def create(cursor: Cursor, name: str, tenant: str, *, is_admin: bool = False, ex
         )
     cursor.execute(
         f"""
-        INSERT INTO api_keys (id, tenant, name, prefix, hash, is_admin, expires_at)
-        VALUES (%s, %s, %s, %s, %s, %s, clock_timestamp() + %s * interval '1 s') RETURNING {_COLUMNS}
+        INSERT INTO api_keys (id, tenant, name, prefix, hash, is_admin, timeout_s, expires_at)
+        VALUES (%s, %s, %s, %s, %s, %s, %s, clock_timestamp() + %s * interval '1 s') RETURNING {_COLUMNS}
         """,  # noqa: S608
-        (uuid.uuid4(), tenant, name, secret[: len(PREFIX) + 6], hash_of(secret), is_admin, expires_in_s),
+        (uuid.uuid4(), tenant, name, secret[: len(PREFIX) + 6], hash_of(secret), is_admin, timeout_s, expires_in_s),
     )
     row = cursor.fetchone()
     assert row is not None

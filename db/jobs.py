@@ -6,6 +6,7 @@ not named updates nothing (the fence). Rows are locked in id order, so batches c
 """
 
 import datetime
+import enum
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,59 +17,6 @@ from psycopg2.extras import execute_values
 
 from db.models import JobStatus
 from db.session import Cursor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewJob:
-    """A job about to be accepted. JSON columns come encoded."""
-
-    id: uuid.UUID
-    tenant: str
-    api_key_id: uuid.UUID | None
-    request_id: str
-    endpoint: str
-    task: str
-    requested_model: str
-    model: str
-    model_revision: str
-    backend: str
-    is_stream: bool
-    payload: bytes
-    metadata: str | None
-    decision: str
-    cache_verdict: str
-    cache_key: bytes | None
-    cache_ttl_s: int | None
-    is_cache_refresh: bool
-    prompt_tokens: int
-    timings: str
-    timeout_s: float | None = None
-
-
-def insert(cursor: Cursor, jobs: Sequence[NewJob]) -> list[datetime.datetime]:
-    """Record jobs as queued; answers when each was created. Repeating an insert changes nothing."""
-    rows = execute_values(
-        cursor,
-        """
-        INSERT INTO jobs (id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision,
-            backend, is_stream, payload, metadata, decision, cache_verdict, cache_key, cache_ttl_s, is_cache_refresh,
-            prompt_tokens, timings, deadline_at)
-        VALUES %s
-        ON CONFLICT (id) DO UPDATE SET id = excluded.id RETURNING id, created_at
-        """,
-        [
-            (j.id, j.tenant, j.api_key_id, j.request_id, j.endpoint, j.task, j.requested_model, j.model,
-             j.model_revision, j.backend, j.is_stream, j.payload, j.metadata, j.decision, j.cache_verdict, j.cache_key,
-             j.cache_ttl_s, j.is_cache_refresh, j.prompt_tokens, j.timings, j.timeout_s)
-            for j in jobs
-        ],
-        template="(%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,%s,"
-        "clock_timestamp() + %s::float8 * interval '1 s')",
-        page_size=1000,
-        fetch=True,
-    )  # fmt: skip
-    created = dict(rows)
-    return [created[job.id] for job in jobs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +32,67 @@ class Claimed:
     created: int
     """Unix seconds."""
     queue_ms: float
-    was_begun: bool
-    """Whether an earlier attempt ran, counted or given back."""
+    run: int
+    """How many attempts came before, counted or given back."""
+    flight_id: uuid.UUID
+    """Under whose name the run's events are kept: this job's, or that of the leader it took over from."""
+
+    @property
+    def was_begun(self) -> bool:
+        return self.run > 0
 
 
-def claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | None]:
-    """Take queued jobs for a worker: (job id, worker id) → the job, or None if it is not to be had
-    (a repeated message, a cancelled job, or this worker was declared dead)."""
-    worker_id = wanted[0][1]
+class Suspect(enum.Enum):
+    """A job that was running when its worker died, twice already. Whether it was the cause shows when it runs
+    with no other job beside it, which must not share its end."""
+
+    SUSPECT = enum.auto()
+
+
+_IS_SUSPECT = """
+    attempts <> '[]' AND 2 <= (SELECT count(*) FROM jsonb_array_elements(attempts) a
+        WHERE a ->> 'outcome' IN ('worker_died', 'backend_dead', 'backend_stalled'))
+"""
+
+
+def claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | Suspect | None]:
+    """Take queued jobs for a worker: (job id, worker id) → the job; Suspect where only `claim_alone` gets it;
+    None if it is not to be had (a repeated message, a cancelled job, or this worker was declared dead)."""
+    claimed = _claim(cursor, wanted, f"NOT ({_IS_SUSPECT})")
+    missing = [job_id for job_id, _ in wanted if job_id not in claimed]
+    suspects: set[uuid.UUID] = set()
+    if missing:
+        cursor.execute(
+            f"SELECT id FROM jobs WHERE id = ANY(%s) AND status = 'queued' AND {_IS_SUSPECT}",  # noqa: S608
+            (missing,),
+        )
+        suspects = {row[0] for row in cursor.fetchall()}
+    # A message delivered twice inside one batch is claimed once.
+    return [Suspect.SUSPECT if job_id in suspects else claimed.pop(job_id, None) for job_id, _ in wanted]
+
+
+def claim_alone(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | None]:
+    """As `claim`, for a worker that runs nothing else until this job has ended."""
+    claimed = _claim(cursor, wanted, "true")
+    return [claimed.pop(job_id, None) for job_id, _ in wanted]
+
+
+def _claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]], condition: str) -> dict[uuid.UUID, Claimed]:
     cursor.execute(
-        """
+        f"""
         UPDATE jobs SET status = 'running', attempt = attempt + 1, worker_id = %(worker)s,
             started_at = clock_timestamp(), first_token_at = NULL
-        WHERE id IN (SELECT id FROM jobs WHERE id = ANY(%(ids)s) AND status = 'queued'
-                     AND (deadline_at IS NULL OR deadline_at > clock_timestamp()) ORDER BY id FOR UPDATE)
+        WHERE id IN (SELECT id FROM jobs WHERE id = ANY(%(ids)s) AND status = 'queued' AND leader_id IS NULL
+                     AND (deadline_at IS NULL OR deadline_at > clock_timestamp()) AND {condition}
+                     ORDER BY id FOR UPDATE)
           AND EXISTS (SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'dead')
         RETURNING id, attempt, payload, is_stream, backend, task, extract(epoch FROM created_at)::int,
-                  extract(epoch FROM started_at - created_at)::float8 * 1000, attempts <> '[]'
-        """,
-        {"worker": worker_id, "ids": [job_id for job_id, _ in wanted]},
+                  extract(epoch FROM started_at - created_at)::float8 * 1000, jsonb_array_length(attempts),
+                  coalesce(flight_id, id)
+        """,  # noqa: S608 - conditions from this file alone
+        {"worker": wanted[0][1], "ids": [job_id for job_id, _ in wanted]},
     )
-    claimed: dict[uuid.UUID, Claimed | None] = {
-        row[0]: Claimed(row[0], row[1], bytes(row[2]), *row[3:]) for row in cursor.fetchall()
-    }
-    # A message delivered twice inside one batch is claimed once.
-    return [claimed.pop(job_id, None) for job_id, _ in wanted]
+    return {row[0]: Claimed(row[0], row[1], bytes(row[2]), *row[3:]) for row in cursor.fetchall()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,18 +107,21 @@ class Finished:
     usage: str
     ttft_ms: float | None
     timings: str
+    events: bytes | None = None
+    """Of a streamed job, see `tasks.replay`."""
 
 
-def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[bool]:
+def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[int | None]:
     """Store results: state, body and cache entry in one statement, fenced by worker and attempt.
 
-    True where this attempt's result is the stored one (now, or by an earlier try whose answer was lost);
-    False where another attempt owns the job or it was cancelled: the output must be thrown away.
+    The number of followers that wait for the result, where this attempt's is the stored one (now, or by
+    an earlier try whose answer was lost); None where another attempt owns the job or it was cancelled:
+    the output must be thrown away.
     """
     rows = execute_values(
         cursor,
         """
-        WITH input (id, attempt, worker_id, body, sha256, usage, ttft_ms, timings) AS (VALUES %s),
+        WITH input (id, attempt, worker_id, body, sha256, usage, ttft_ms, timings, events) AS (VALUES %s),
         owned AS (SELECT i.* FROM input i JOIN jobs j USING (id)
             WHERE j.status = 'running' AND j.attempt = i.attempt AND j.worker_id = i.worker_id
             ORDER BY id FOR UPDATE OF j),
@@ -142,8 +129,8 @@ def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[bool]:
                 first_token_at = j.started_at + o.ttft_ms * interval '1 ms', timings = j.timings || o.timings
             FROM owned o WHERE j.id = o.id
             RETURNING j.id, j.tenant, j.model, j.backend, j.cache_key, j.cache_ttl_s, j.is_cache_refresh,
-                      o.body, o.sha256, o.usage),
-        stored AS (INSERT INTO job_results (job_id, body, sha256) SELECT id, body, sha256 FROM done),
+                      j.num_followers, o.body, o.sha256, o.usage, o.events),
+        stored AS (INSERT INTO job_results (job_id, body, sha256, events) SELECT id, body, sha256, events FROM done),
         cached AS (INSERT INTO response_cache
                 (key, tenant, model, backend, job_id, body, sha256, num_bytes, usage, expires_at)
             SELECT DISTINCT ON (cache_key) cache_key, tenant, model, backend, id, body, sha256, length(body), usage,
@@ -154,21 +141,29 @@ def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[bool]:
                 created_at = clock_timestamp(), last_hit_at = clock_timestamp(), expires_at = excluded.expires_at
             WHERE response_cache.expires_at <= clock_timestamp()
                OR (SELECT is_cache_refresh FROM done d WHERE d.id = excluded.job_id))
-        SELECT id FROM done
-        UNION
-        SELECT j.id FROM jobs j JOIN input i USING (id)
-        WHERE j.status = 'succeeded' AND j.attempt = i.attempt AND j.worker_id = i.worker_id
+        SELECT id, num_followers FROM done
         """,
         [
-            (o.id, o.attempt, o.worker_id, o.body, o.sha256, o.usage, o.ttft_ms, o.timings)
+            (o.id, o.attempt, o.worker_id, o.body, o.sha256, o.usage, o.ttft_ms, o.timings,
+             o.events)
             for o in outcomes
         ],
-        template="(%s::uuid, %s::int, %s::bigint, %s::bytea, %s::bytea, %s::jsonb, %s::float8, %s::jsonb)",
+        template="(%s::uuid, %s::int, %s::bigint, %s::bytea, %s::bytea, %s::jsonb, %s::float8, %s::jsonb, %s::bytea)",
         page_size=1000,
         fetch=True,
     )  # fmt: skip
-    mine = {row[0] for row in rows}
-    return [outcome.id in mine for outcome in outcomes]
+    mine = dict(rows)
+    return [mine[outcome.id] if outcome.id in mine else _stored_before(cursor, outcome) for outcome in outcomes]
+
+
+def _stored_before(cursor: Cursor, outcome: Finished) -> int | None:
+    """A look of its own: the statement's would not see what an overlapping first try committed meanwhile."""
+    cursor.execute(
+        "SELECT num_followers FROM jobs WHERE id = %s AND status = 'succeeded' AND attempt = %s AND worker_id = %s",
+        (outcome.id, outcome.attempt, outcome.worker_id),
+    )
+    row = cursor.fetchone()
+    return None if row is None else row[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +248,8 @@ class Outcome:
 
     status: JobStatus
     body: bytes | None
+    events: bytes | None
+    """Of a streamed job, see `tasks.replay`."""
     error: dict[str, Any] | None
     usage: dict[str, Any] | None
     model: str
@@ -267,25 +264,26 @@ def outcome(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[Outcome | None]:
     """The outcome of each job, None for an unknown id."""
     cursor.execute(
         """
-        SELECT j.id, status, body, error, usage, model, backend, attempt,
+        SELECT j.id, status, body, events, error, usage, model, backend, attempt,
                extract(epoch FROM started_at - created_at)::float8 * 1000,
                extract(epoch FROM finished_at - started_at)::float8 * 1000,
                extract(epoch FROM first_token_at - started_at)::float8 * 1000
-        FROM jobs j LEFT JOIN job_results r ON r.job_id = j.id WHERE j.id = ANY(%s)
+        FROM jobs j LEFT JOIN job_results r ON r.job_id = coalesce(leader_id, j.id) WHERE j.id = ANY(%s)
         """,
         (list(ids),),
     )
-    found = {
-        row[0]: Outcome(JobStatus(row[1]), None if row[2] is None else bytes(row[2]), *row[3:])
-        for row in cursor.fetchall()
-    }
+    found = {row[0]: Outcome(JobStatus(row[1]), _bytes(row[2]), _bytes(row[3]), *row[4:]) for row in cursor.fetchall()}
     return [found.get(job_id) for job_id in ids]
 
 
-def payload(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[bytes | None]:
-    """The stored call of each job."""
-    cursor.execute("SELECT id, payload FROM jobs WHERE id = ANY(%s)", (list(ids),))
-    found = {row[0]: bytes(row[1]) for row in cursor.fetchall()}
+def _bytes(value: memoryview | None) -> bytes | None:
+    return None if value is None else bytes(value)
+
+
+def payload(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[tuple[bytes, uuid.UUID] | None]:
+    """The stored call of each job, and under whose name its run's events are kept."""
+    cursor.execute("SELECT id, payload, coalesce(flight_id, id) FROM jobs WHERE id = ANY(%s)", (list(ids),))
+    found = {row[0]: (bytes(row[1]), row[2]) for row in cursor.fetchall()}
     return [found.get(job_id) for job_id in ids]
 
 
@@ -303,7 +301,7 @@ _VIEW = """
     id, tenant, request_id, endpoint, requested_model, model, model_revision, backend, status, is_stream, metadata,
     decision, cache_verdict, encode(cache_key, 'hex') AS cache_key, attempt, attempts, prompt_tokens, usage, error,
     timings, created_at, enqueued_at, started_at, first_token_at, finished_at, deadline_at,
-    (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker
+    (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker, leader_id, coalesce(flight_id, id)
 """
 
 
@@ -338,6 +336,8 @@ class View:
     finished_at: datetime.datetime | None
     deadline_at: datetime.datetime | None
     worker: str | None
+    leader_id: uuid.UUID | None
+    flight_id: uuid.UUID
 
 
 def view(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str | None]]) -> list[View | None]:
@@ -436,7 +436,7 @@ def find_unsent(
     Answers (id, backend, task), oldest first."""
     cursor.execute(
         """
-        WITH unsent AS (SELECT id FROM jobs WHERE backend = %s AND status = 'queued'
+        WITH unsent AS (SELECT id FROM jobs WHERE backend = %s AND status = 'queued' AND leader_id IS NULL
             AND enqueued_at < clock_timestamp() - %s * interval '1 s'
             ORDER BY created_at LIMIT %s FOR UPDATE SKIP LOCKED)
         UPDATE jobs j SET enqueued_at = clock_timestamp() FROM unsent u WHERE j.id = u.id
@@ -445,6 +445,35 @@ def find_unsent(
         (backend, older_than_s, limit),
     )
     return [tuple(row) for row in cursor.fetchall()]
+
+
+def stranded(cursor: Cursor, backends: Sequence[str], limit: int = 200) -> list[tuple[uuid.UUID, str, bytes]]:
+    """Queued jobs of these backends, the oldest first: (id, backend, payload)."""
+    cursor.execute(
+        """
+        SELECT id, backend, payload FROM jobs WHERE status = 'queued' AND leader_id IS NULL AND backend = ANY(%s)
+        ORDER BY created_at LIMIT %s
+        """,
+        (list(backends), limit),
+    )
+    return [(row[0], row[1], bytes(row[2])) for row in cursor.fetchall()]
+
+
+def reroute(cursor: Cursor, job_id: uuid.UUID, start: str, end: str, decision: str) -> str | None:
+    """Move a queued job from one backend's queue to another's, with the decision that says why; answers its
+    task, None if it is no longer there. Its followers go with it."""
+    cursor.execute(
+        """
+        WITH moved AS (UPDATE jobs SET backend = %(end)s, enqueued_at = clock_timestamp(),
+                decision = %(decision)s::jsonb || jsonb_build_object('before', decision)
+            WHERE id = %(id)s AND backend = %(start)s AND status = 'queued' RETURNING id, task),
+        others AS (UPDATE jobs j SET backend = %(end)s FROM moved m WHERE j.leader_id = m.id AND j.status = 'queued')
+        SELECT task FROM moved
+        """,
+        {"id": job_id, "start": start, "end": end, "decision": decision},
+    )
+    row = cursor.fetchone()
+    return None if row is None else row[0]
 
 
 def expire(cursor: Cursor) -> list[uuid.UUID]:
@@ -473,6 +502,70 @@ def purge(cursor: Cursor, older_than_s: float, limit: int = 1000) -> int:
     return cursor.rowcount
 
 
+def quarantined(cursor: Cursor, within_s: float) -> frozenset[bytes]:
+    """Cache keys of the requests whose every attempt took its worker down, within that time."""
+    cursor.execute(
+        """
+        SELECT cache_key FROM jobs WHERE status = 'failed' AND finished_at > clock_timestamp() - %s * interval '1 s'
+            AND error ->> 'code' = 'attempts_exhausted' AND leader_id IS NULL AND cache_key IS NOT NULL
+            AND attempts -> -1 ->> 'outcome' IN ('worker_died', 'backend_dead', 'backend_stalled') LIMIT 10000
+        """,
+        (within_s,),
+    )
+    return frozenset(bytes(row[0]) for row in cursor.fetchall())
+
+
+def retry(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str | None]]) -> list[tuple[str, str] | None]:
+    """Queue failed and expired jobs again, under the same id and with all their attempts before them; answers
+    (backend, task) of each. None for a job in any other state, and for one that the tenant does not have.
+    Tenant None has every tenant's. A deadline starts anew."""
+    cursor.execute(
+        """
+        UPDATE jobs j SET status = 'queued', attempt = 0, error = NULL, usage = NULL, finished_at = NULL,
+            started_at = NULL, first_token_at = NULL, worker_id = NULL, enqueued_at = clock_timestamp(),
+            leader_id = NULL, coalesce_key = NULL,
+            deadline_at = clock_timestamp() + (deadline_at - created_at),
+            attempts = attempts || jsonb_build_object('attempt', 0, 'outcome', 'retried',
+                'ended_at', extract(epoch FROM clock_timestamp()))
+        WHERE id IN (SELECT j.id FROM jobs j
+            JOIN unnest(%s::uuid[], %s::text[]) w (id, tenant)
+                ON j.id = w.id AND j.tenant = coalesce(w.tenant, j.tenant)
+            WHERE status IN ('failed', 'expired') ORDER BY j.id FOR UPDATE OF j)
+        RETURNING id, backend, task
+        """,
+        ([job_id for job_id, _ in wanted], [tenant for _, tenant in wanted]),
+    )
+    found = {row[0]: (row[1], row[2]) for row in cursor.fetchall()}
+    return [found.get(job_id) for job_id, _ in wanted]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetters:
+    """Failed jobs: a tenant's (None: all), of a model, that ended with an error code; the oldest `limit`."""
+
+    tenant: str | None
+    model: str | None = None
+    code: str | None = None
+    limit: int = 1000
+
+
+def dead_letters(cursor: Cursor, wanted: Sequence[DeadLetters]) -> list[list[uuid.UUID]]:
+    """Ids of the failed jobs that match."""
+    return [_dead_letters(cursor, one) for one in wanted]
+
+
+def _dead_letters(cursor: Cursor, wanted: DeadLetters) -> list[uuid.UUID]:
+    cursor.execute(
+        """
+        SELECT id FROM jobs WHERE status = 'failed' AND (%(tenant)s IS NULL OR tenant = %(tenant)s)
+            AND (%(model)s IS NULL OR model = %(model)s) AND (%(code)s IS NULL OR error ->> 'code' = %(code)s)
+        ORDER BY finished_at LIMIT %(limit)s
+        """,
+        {name: getattr(wanted, name) for name in DeadLetters.__slots__},
+    )
+    return [row[0] for row in cursor.fetchall()]
+
+
 @dataclass(frozen=True, slots=True)
 class Depth:
     """A queue as the ledger sees it."""
@@ -490,7 +583,7 @@ def depths(cursor: Cursor) -> dict[str, Depth]:
         SELECT backend, count(*) FILTER (WHERE status = 'queued'), count(*) FILTER (WHERE status = 'running'),
                coalesce(sum(prompt_tokens) FILTER (WHERE status = 'queued'), 0),
                coalesce(extract(epoch FROM clock_timestamp() - min(created_at) FILTER (WHERE status = 'queued')), 0)
-        FROM jobs WHERE status IN ('queued', 'running') GROUP BY backend
+        FROM jobs WHERE status IN ('queued', 'running') AND leader_id IS NULL GROUP BY backend
         """
     )
     return {row[0]: Depth(int(row[1]), int(row[2]), int(row[3]), float(row[4])) for row in cursor.fetchall()}

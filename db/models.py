@@ -36,6 +36,9 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     **{status: frozenset() for status in TERMINAL},
 }
 
+RETRYABLE = frozenset({JobStatus.FAILED, JobStatus.EXPIRED})
+"""The owner of such a job may have it queued again. Nothing else leaves a final state."""
+
 _TIMESTAMP = TIMESTAMP(timezone=True)
 _NOW = text("clock_timestamp()")
 _STATUSES = ", ".join(f"'{status}'" for status in JobStatus)
@@ -57,6 +60,8 @@ class ApiKey(Base):
     hash: Mapped[bytes] = mapped_column(LargeBinary, unique=True)
     is_admin: Mapped[bool] = mapped_column(server_default=text("false"))
     created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    timeout_s: Mapped[float | None]
+    """Deadline of its jobs where they name none."""
     expires_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
     revoked_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
 
@@ -110,6 +115,13 @@ class Job(Base):
     cache_key: Mapped[bytes | None] = mapped_column(LargeBinary)
     cache_ttl_s: Mapped[int | None]
     is_cache_refresh: Mapped[bool] = mapped_column(server_default=text("false"))
+    coalesce_key: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """Identical requests share one live job with this key. NULL: not to be shared, or a follower."""
+    leader_id: Mapped[uuid.UUID | None]
+    """The job whose run this one waits for and whose result is its own. NULL: it runs itself."""
+    flight_id: Mapped[uuid.UUID | None]
+    """The job under whose name the shared run's events are kept. NULL: its own."""
+    num_followers: Mapped[int] = mapped_column(server_default=text("0"))
     attempt: Mapped[int] = mapped_column(server_default=text("0"))
     worker_id: Mapped[int | None] = mapped_column(BigInteger)
     attempts: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'"))
@@ -127,6 +139,14 @@ class Job(Base):
     __table_args__ = (
         CheckConstraint(f"status IN ({_STATUSES})", name="jobs_status"),
         Index("jobs_live", "backend", "created_at", postgresql_where=text("status IN ('queued', 'running')")),
+        Index(
+            "jobs_flights",
+            "coalesce_key",
+            unique=True,
+            postgresql_where=text("coalesce_key IS NOT NULL AND status IN ('queued', 'running')"),
+        ),
+        Index("jobs_followers", "leader_id", postgresql_where=text("leader_id IS NOT NULL AND status = 'queued'")),
+        Index("jobs_failed", "finished_at", postgresql_where=text("status = 'failed'")),
         Index("jobs_running", "worker_id", postgresql_where=text("status = 'running'")),
         Index("jobs_by_tenant", "tenant", "created_at", "id"),
         Index("jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
@@ -141,6 +161,23 @@ class JobResult(Base):
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     body: Mapped[bytes] = mapped_column(LargeBinary)
     sha256: Mapped[bytes] = mapped_column(LargeBinary)
+    events: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """Of a streamed job: where each event of its stream ended (`tasks.replay`)."""
+
+
+class IdempotencyKey(Base):
+    """A caller's promise that requests under this key are one request."""
+
+    __tablename__ = "idempotency_keys"
+
+    api_key_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(Text, primary_key=True)
+    fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
+    """SHA-256 of what was asked."""
+    job_id: Mapped[uuid.UUID]
+    expires_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP)
+
+    __table_args__ = (Index("idempotency_keys_expiry", "expires_at"),)
 
 
 class CacheEntry(Base):

@@ -7,12 +7,14 @@ Bounds are part of the connection, so no statement can hang a caller: 2 s to con
 from typing import Any
 
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
 import psycopg2.extras
 from sqlalchemy import Engine, create_engine
 
-DependencyDown = (psycopg2.OperationalError, psycopg2.InterfaceError)
-"""What psycopg2 raises when Postgres cannot be reached, restarts, or runs out of connections or time."""
+DependencyDown = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.errors.ReadOnlySqlTransaction)
+"""What psycopg2 raises when Postgres cannot be reached, restarts, takes no writes, or runs out of
+connections, disk or time."""
 
 _OPTIONS = "-c statement_timeout=5000 -c lock_timeout=2000 -c idle_in_transaction_session_timeout=10000"
 _NETWORK: dict[str, Any] = {"connect_timeout": 2, "tcp_user_timeout": 10_000, "keepalives_idle": 5}
@@ -23,14 +25,16 @@ Connection = psycopg2.extensions.connection
 Cursor = psycopg2.extensions.cursor
 
 
-def connect(url: str, application_name: str, *, is_durable: bool = True) -> Connection:
+def connect(url: str, application_name: str, *, is_durable: bool = True, idle_s: float = 0.0) -> Connection:
     """An autocommit connection. `is_durable=False` commits without waiting for the disk: a crash of
-    Postgres itself may lose its last half second, so use it only for what can be done again."""
+    Postgres itself may lose its last half second, so use it only for what can be done again. `idle_s`: the
+    server ends a session, and frees its locks, that says nothing for so long (0: never)."""
     commit = "on" if is_durable else "off"
+    silence = f" -c idle_session_timeout={int(idle_s * 1000)}" if idle_s else ""
     connection: Connection = psycopg2.connect(
         url,
         application_name=application_name,
-        options=f"{_OPTIONS} -c synchronous_commit={commit} -c plan_cache_mode=force_generic_plan -c jit=off",
+        options=f"{_OPTIONS} -c synchronous_commit={commit} -c plan_cache_mode=force_generic_plan -c jit=off{silence}",
         **_NETWORK,
     )
     connection.autocommit = True
@@ -47,3 +51,11 @@ def create_pool(url: str, application_name: str, size: int = 4) -> Engine:
         pool_pre_ping=True,
         connect_args={"application_name": application_name, "options": _OPTIONS, **_NETWORK},
     )
+
+
+def server_setting(cursor: Cursor, name: str) -> str:
+    """What the server runs with."""
+    cursor.execute("SELECT current_setting(%s)", (name,))
+    row = cursor.fetchone()
+    assert row is not None
+    return str(row[0])

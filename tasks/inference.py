@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING
 
 import orjson
 import structlog
+from redis.exceptions import RedisError
 from tokenizers import Tokenizer
 
 from backends.base import BackendDead, BackendError, EncodeCall, GenerateCall, InvalidCall, SamplingParams
 from catalog import ModelSpec
 from db import jobs
-from db.jobs import Claimed
-from db.lanes import LaneDown
+from db.jobs import Claimed, Suspect
+from db.lanes import Answer, Lane, LaneDown
 from db.models import JobStatus
-from tasks import celery, metrics, responses, stream, transport
+from tasks import celery, metrics, replay, responses, stream, transport
 from tasks.call import VERSION, Call
 from tasks.output import Output
 from tasks.responses import Identity
@@ -52,6 +53,8 @@ class Run:
     writer: stream.Writer | None = None
     task: "asyncio.Task[None] | None" = None
     is_finishing: bool = False
+    is_stalled: bool = False
+    """Stopped because the backend hung, perhaps of this very job: its attempt counts."""
     first_chunk_s: float | None = None
     outputs: list[Output] = field(default_factory=list)
 
@@ -63,19 +66,38 @@ class Run:
 async def run(worker: "Worker", job_id: uuid.UUID, version: int) -> None:
     """Everything one message causes. Raises nothing: each way it can end is recorded in the ledger."""
     if version != VERSION:
+        # Kept for whoever looks, not dropped: the job waits in the ledger for a worker that knows its form.
         metrics.child(metrics.DROPPED_MESSAGES, "unknown_version").inc()
-        log.error("message.unknown_version", job_id=str(job_id), version=version)
+        worker.outbox.send("LPUSH", transport.PARKED_KEY, orjson.dumps([str(job_id), version]))
+        worker.outbox.send("LTRIM", transport.PARKED_KEY, 0, transport.MOST_PARKED - 1)
+        log.error("message.parked", job_id=str(job_id), version=version, known=VERSION)
         return
+    async with worker.gate.together():
+        claimed = await _claim(worker, worker.claims, job_id)
+        if isinstance(claimed, Claimed):
+            await _run(worker, claimed)
+    if claimed is Suspect.SUSPECT:
+        async with worker.gate.alone():
+            alone = await _claim(worker, worker.claims_alone, job_id)
+            if isinstance(alone, Claimed):
+                await _run(worker, alone)
+
+
+async def _claim(worker: "Worker", claims: "Lane[tuple[uuid.UUID, int], Answer]", job_id: uuid.UUID) -> "Answer | None":
     if worker.is_leaving:
-        return  # the job stays queued; its message is sent again
+        return None  # the job stays queued; its message is sent again
     try:
-        claimed = await worker.claims.submit((job_id, worker.id))
+        claimed = await claims.submit((job_id, worker.id))
     except LaneDown:
         log.error("job.claim_failed", job_id=str(job_id))
-        return
+        return None
     if claimed is None:
         metrics.child(metrics.DROPPED_MESSAGES, "not_queued").inc()
-        return
+    return claimed
+
+
+async def _run(worker: "Worker", claimed: Claimed) -> None:
+    job_id = claimed.id
     log.info("job.claimed", job_id=str(job_id), attempt=claimed.attempt, queue_ms=round(claimed.queue_ms, 1))
     metrics.child(metrics.QUEUE_SECONDS, claimed.backend).observe(claimed.queue_ms / 1000)
     started = time.monotonic()
@@ -100,20 +122,25 @@ async def _attempt(worker: "Worker", attempt: Run) -> None:
             attempt.writer = await _writer(worker, attempt)
         body = await _compute(worker, attempt)
     except InvalidCall as error:
-        await _end(worker, job, "invalid_request", str(error), writer=attempt.writer)
+        await _fail(worker, attempt, "invalid_request", str(error), is_retryable=False)
     except BackendDead as error:
-        await _end(worker, job, "backend_dead", str(error), is_retryable=True, writer=attempt.writer)
+        await _fail(worker, attempt, "backend_dead", str(error))
         worker.die("the backend died")
     except BackendError as error:
-        await _end(worker, job, "backend_error", str(error), is_retryable=True, writer=attempt.writer)
+        await _fail(worker, attempt, "backend_error", str(error))
     except asyncio.CancelledError:
         await worker.stopped(attempt)
     except Exception as error:
         # A process border: a bug in one job's path must not take the other jobs of this worker along.
         log.exception("job.crashed", job_id=str(job.id))
-        await _end(worker, job, "internal_error", type(error).__name__, is_retryable=True, writer=attempt.writer)
+        await _fail(worker, attempt, "internal_error", type(error).__name__)
     else:
         await _finish(worker, attempt, body)
+
+
+async def _fail(worker: "Worker", attempt: Run, code: str, message: str, *, is_retryable: bool = True) -> None:
+    attempt.is_finishing = True
+    await _end(worker, attempt.job, code, message, is_retryable=is_retryable, writer=attempt.writer)
 
 
 async def _compute(worker: "Worker", attempt: Run) -> bytes:
@@ -214,17 +241,20 @@ def _tokenizer(path: str) -> Tokenizer:
 
 async def _writer(worker: "Worker", attempt: Run) -> stream.Writer:
     """The job's event writer. A later attempt goes on where the events of the earlier ones end: their
-    tokens are not generated again, and the caller's stream has no gap and no repeat."""
-    writer = stream.Writer(attempt.job.id, worker.broadcaster)
-    if not attempt.job.was_begun:
-        return writer
-    call = attempt.call
+    tokens are not generated again, and the caller's stream has no gap and no repeat. Where Redis lost
+    those events, the attempt starts anew under numbers that say so."""
+    job, call = attempt.job, attempt.call
+    if not job.was_begun:
+        return stream.Writer(job.flight_id, worker.broadcaster)
+    try:
+        past = stream.latest_run(await stream.history(worker.redis, job.flight_id))
+    except (RedisError, OSError):
+        past = []
     attempt.outputs = [_output(attempt) for _ in range(len(call.token_ids) * call.n)]
-    for event in await stream.history(worker.redis, attempt.job.id):
-        writer.seq = event.seq
+    for event in past:
         if event.piece is not None:
             attempt.outputs[event.choice].resume(event.piece)
-    return writer
+    return stream.Writer(job.flight_id, worker.broadcaster, past, run=job.run)
 
 
 async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
@@ -233,7 +263,8 @@ async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
     usage = responses.usage_of(call, attempt.outputs)
     run_s = time.monotonic() - attempt.started
     ttft_s = attempt.first_chunk_s if attempt.first_chunk_s is not None else run_s
-    is_stored = await worker.finishes.submit(
+    writer = attempt.writer
+    num_followers = await worker.finishes.submit(
         jobs.Finished(
             id=job.id,
             attempt=job.attempt,
@@ -243,13 +274,16 @@ async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
             usage=orjson.dumps(usage).decode(),
             ttft_ms=ttft_s * 1000,
             timings=orjson.dumps({"run_ms": round(run_s * 1000, 3)}).decode(),
+            events=None if writer is None else replay.encode(writer.first, writer.marks),
         )
     )
-    if not is_stored:
+    if num_followers is None:
         metrics.child(metrics.FENCED_WRITES, job.backend).inc()
         log.warning("job.fenced", job_id=str(job.id), attempt=job.attempt)
         return
-    worker.announce(job.id, JobStatus.SUCCEEDED, attempt.writer)
+    if num_followers:
+        await worker.land(job.id)
+    worker.announce(job.id, JobStatus.SUCCEEDED, writer)
     worker.service.observe(attempt.model.name, run_s, ttft_s, usage.get("completion_tokens", 0))
     metrics.child(metrics.JOBS, job.backend, attempt.model.name, JobStatus.SUCCEEDED).inc()
     metrics.child(metrics.RUN_SECONDS, job.backend, attempt.model.name).observe(run_s)

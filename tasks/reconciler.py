@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
@@ -21,14 +21,18 @@ from redis.exceptions import RedisError
 
 import catalog
 import settings
-from db import cache, jobs, request_log, session, workers
+from db import accept, cache, flights, jobs, request_log, session, workers
 from db.session import Cursor
-from tasks import inference, logs, metrics, transport
+from tasks import inference, logs, metrics, router, server_settings, transport
+from tasks.call import Call
+from tasks.router import Load
 
 log = structlog.get_logger()
 
 _LEADER_LOCK = 0x5357_0002
 _HOUSEKEEPING_S = 30.0
+_LONGEST_SILENCE = 10
+"""Passes a leader may miss before it loses its lock."""
 
 
 @dataclass(slots=True)
@@ -36,6 +40,9 @@ class Report:
     """What one pass did."""
 
     rescued: int = 0
+    landed: int = 0
+    handed_over: int = 0
+    rerouted: int = 0
     exhausted: int = 0
     resent: int = 0
     expired: int = 0
@@ -74,6 +81,12 @@ def reconcile_once(cursor: Cursor, queues: Queues, config: settings.Settings, ba
     for job_id in jobs.expire(cursor):
         report.expired += 1
         report.ended.append((str(job_id), "expired"))
+    followers = flights.land(cursor)
+    report.landed = len(followers)
+    report.ended += [(str(job_id), status) for job_id, status in followers]
+    promoted = flights.hand_over(cursor)
+    report.handed_over = len(promoted)
+    report.messages += promoted
     if queues.lengths is not None:
         _resend(cursor, queues.lengths, queues.is_wiped, config, backends, report)
     return report
@@ -100,12 +113,39 @@ def _resend(cursor: Cursor, lengths: dict[str, int], is_wiped: bool, config: set
             report.messages += unsent
 
 
+def reroute(cursor: Cursor, served: catalog.Catalog, report: Report) -> None:
+    """Send queued jobs of backends whose workers are all away to other backends of the same model. Tokens,
+    and with them a stream's events so far, mean the same there."""
+    lives, depths = workers.alive(cursor), jobs.depths(cursor)
+    loads = {
+        name: Load.of((life for life in lives if life.backend == name), depths.get(name, jobs.Depth(0, 0, 0, 0.0)))
+        for name in served.backends
+    }
+    away = [name for name, load in loads.items() if not load.is_ready and load.depth.num_queued]
+    if not away or len(away) == len(loads):
+        return
+    for job_id, backend, payload in jobs.stranded(cursor, away):
+        try:
+            call = Call.decode(payload)
+        except ValueError:
+            continue
+        decision = router.choose(served, call, {call.model: call}, loads, can_wait=False)
+        if decision.chosen is None or decision.chosen.model != call.model:
+            continue
+        moved = replace(decision, reason=f"moved: no worker of {backend} was up")
+        task = jobs.reroute(cursor, job_id, backend, decision.chosen.backend, orjson.dumps(moved).decode())
+        if task is not None:
+            report.rerouted += 1
+            report.messages.append((job_id, decision.chosen.backend, task))
+
+
 def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheEntry, report: Report) -> None:
     """Evict from the cache, and delete what is past its time."""
     report.evicted = cache.evict(cursor, limits.max_bytes)
     report.purged = jobs.purge(cursor, config.result_ttl_s)
     request_log.purge(cursor, config.result_ttl_s * 30)
     workers.forget(cursor, config.result_ttl_s)
+    accept.forget_keys(cursor)
 
 
 class Reconciler:
@@ -153,7 +193,9 @@ class Reconciler:
 
     def _lead(self) -> bool:
         if self._connection is None or self._connection.closed:
-            self._connection = session.connect(self._config.database_url, "switchyard-reconciler")
+            # A leader that hangs must not keep the lock: one that lives speaks in every pass.
+            silence = _LONGEST_SILENCE * self._config.sweep_s
+            self._connection = session.connect(self._config.database_url, "switchyard-reconciler", idle_s=silence)
             self._is_leader = False
         if not self._is_leader:
             with self._connection.cursor() as cursor:
@@ -168,6 +210,7 @@ class Reconciler:
         assert self._connection is not None
         with self._connection.cursor() as cursor:
             report = reconcile_once(cursor, queues, self._config, list(self._catalog.backends))
+            reroute(cursor, self._catalog, report)
             if time.monotonic() >= self._next_housekeeping:
                 self._next_housekeeping = time.monotonic() + _HOUSEKEEPING_S
                 keep_house(cursor, self._config, self._catalog.cache, report)
@@ -192,6 +235,7 @@ async def queues(client: redis.asyncio.Redis, backends: Sequence[str]) -> Queues
 
 def main() -> int:
     logs.configure("reconciler")
+    server_settings.check(settings.load())
     metrics.serve()
 
     async def serve() -> None:

@@ -14,6 +14,7 @@ import orjson
 
 from tasks.call import Call
 from tasks.output import Output
+from tasks.stream import Event
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,11 +70,12 @@ def _choice(is_chat: bool, call: Call, index: int, output: Output) -> dict[str, 
     if is_chat:
         message = {"role": "assistant", "content": output.text, "refusal": None}
         return {**head, "message": message, "logprobs": _chat_logprobs(logprobs)}
-    prefix = _echoed(call, index)
+    prefix = echoed(call, index)
     return {**head, "text": prefix + output.text, "logprobs": _completion_logprobs(logprobs)}
 
 
-def _echoed(call: Call, index: int) -> str:
+def echoed(call: Call, index: int) -> str:
+    """The prompt that a completion repeats in front of its text, where that was asked for."""
     return str(call.inputs[index // call.n]) if call.format.get("echo") else ""
 
 
@@ -156,13 +158,19 @@ class Frames:
             body |= {"delta": delta, "logprobs": _chat_logprobs(entries)}
         else:
             if choice not in self._started:
-                text = _echoed(self._call, choice) + text
+                text = echoed(self._call, choice) + text
             offset = self._lengths.get(choice, 0)
             self._lengths[choice] = offset + len(text)
             body |= {"text": text, "logprobs": _completion_logprobs(entries, offset)}
         self._started.add(choice)
         extra = {"usage": None} if self._call.include_usage else {}
         return frame({**self._head, "choices": [body], **extra}, seq)
+
+    def event(self, event: Event) -> bytes:
+        """An event's frame, under its number."""
+        assert event.piece is not None
+        piece = event.piece
+        return self.chunk(event.choice, piece.text, piece.logprobs, piece.finish_reason, event.seq)
 
     def end(self, usage: dict[str, Any] | None) -> bytes:
         """The usage chunk, where it was asked for, and the end."""

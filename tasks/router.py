@@ -132,9 +132,10 @@ def _candidate(
     load = loads.get(backend.name, Load())
     if not load.is_ready:
         return Candidate(model.name, backend.name, dropped="loading" if load.is_loading else "no_worker")
-    if load.depth.num_queued >= backend.entry.max_queued:
-        return Candidate(model.name, backend.name, dropped="queue_full")
     score, facts = _score(ready, model, load)
+    is_full = load.depth.num_queued >= backend.entry.max_queued
+    if is_full or load.depth.queued_tokens >= backend.entry.max_queued_tokens:
+        return Candidate(model.name, backend.name, dropped="queue_full", facts=facts)
     return Candidate(model.name, backend.name, score_ms=round(score, 2), facts=facts)
 
 

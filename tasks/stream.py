@@ -1,12 +1,14 @@
 """A job's output events over Redis: the worker's writer and the gateway's reader.
 
-Events are numbered from 1 without gaps. Each flush appends a batch to the job's Redis stream (for who
-comes late) and publishes the same bytes on the channel of the same name (for who listens).
+Events are numbered from 1 without gaps. Each flush appends a batch to the run's Redis stream (for who
+comes late) and publishes the same bytes on the channel of the same name (for who listens). An attempt
+that cannot find the events of the one before it starts again at a later thousand thousand: who has seen
+nothing yet does not mind, and who has seen some knows that these do not continue them.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -21,6 +23,13 @@ from tasks.output import Piece
 
 log = structlog.get_logger()
 
+RUN_STEP = 1_000_000
+"""A run that starts again numbers its events from a multiple of this, plus 1."""
+
+
+class Interrupted(Exception):
+    """The events that follow do not continue those already seen."""
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -32,13 +41,29 @@ class Event:
     status: str | None = None
     """Set on the last event only: the job's final state, already stored."""
 
+    @property
+    def is_first(self) -> bool:
+        """Whether a run's events begin with this one."""
+        return self.seq % RUN_STEP == 1
+
+    def is_new_to(self, seen: int) -> bool:
+        """Whether this event comes after number `seen`, as its reader's last. Raises Interrupted where a
+        new run's events would be taken for the old one's."""
+        if self.is_first and 0 < seen < self.seq - 1:
+            raise Interrupted
+        return self.seq > seen
+
 
 class Writer:
-    """Numbers one job's events and hands them to the outbox at its next flush."""
+    """Numbers one run's events and hands them to the outbox at its next flush."""
 
-    def __init__(self, job_id: UUID, broker: "Broadcaster", seq: int = 0) -> None:
-        self.job_id = job_id
-        self.seq = seq
+    def __init__(self, flight_id: UUID, broker: "Broadcaster", past: Sequence[Event] = (), run: int = 0) -> None:
+        """`past` are the events of the attempts before; without them run number `run` begins anew."""
+        self.flight_id = flight_id
+        self.first = past[0].seq if past else run * RUN_STEP + 1
+        self.seq = past[-1].seq if past else self.first - 1
+        self.marks = [_mark(event.choice, event.piece) for event in past if event.piece is not None]
+        """See `tasks.replay`."""
         self.pending: list[Event] = []
         self._silent: dict[int, Piece] = {}
         self._broker = broker
@@ -50,6 +75,7 @@ class Writer:
             tokens, logprobs = silent.token_ids + piece.token_ids, silent.logprobs + piece.logprobs
             piece = Piece(piece.text, tokens, logprobs, piece.finish_reason, piece.held)
         if piece.text or piece.finish_reason:
+            self.marks.append(_mark(choice, piece))
             self._add(Event(self.seq + 1, choice, piece))
         else:
             self._silent[choice] = piece
@@ -64,6 +90,10 @@ class Writer:
         self._broker.dirty(self)
 
 
+def _mark(choice: int, piece: Piece) -> tuple[int, int, int]:
+    return choice, len(piece.text), len(piece.logprobs)
+
+
 class Broadcaster:
     """Turns what all writers gathered since the last flush into one append and one publish per job."""
 
@@ -73,7 +103,7 @@ class Broadcaster:
         outbox.add_source(self._drain)
 
     def dirty(self, writer: Writer) -> None:
-        self._dirty[writer.job_id] = writer
+        self._dirty[writer.flight_id] = writer
         self._outbox.wake()
 
     def _drain(self) -> list[tuple[Any, ...]]:
@@ -81,23 +111,30 @@ class Broadcaster:
         writers, self._dirty = self._dirty, {}
         for writer in writers.values():
             events, writer.pending = writer.pending, []
-            key = transport.chunks_key(writer.job_id)
+            key = transport.chunks_key(writer.flight_id)
             data = encode(events)
             commands.append(("XADD", key, "*", "events", data))
             commands.append(("PUBLISH", key, data))
-            if events[0].seq == 1 or events[-1].status:
+            if events[0].is_first or events[-1].status:
                 commands.append(("EXPIRE", key, transport.CHUNKS_TTL_S))
         return commands
 
 
-async def history(client: redis.asyncio.Redis, job_id: UUID) -> list[Event]:
-    """Every event of a job that Redis still has, each once, in order."""
+async def history(client: redis.asyncio.Redis, flight_id: UUID) -> list[Event]:
+    """Every event of a run that Redis still has, each once, in order."""
     events: dict[int, Event] = {}
-    entries: Any = await client.xrange(transport.chunks_key(job_id))
+    entries: Any = await client.xrange(transport.chunks_key(flight_id))
     for _, fields in entries:
         for event in decode(fields[b"events"]):
             events.setdefault(event.seq, event)
     return [events[seq] for seq in sorted(events)]
+
+
+def latest_run(events: Sequence[Event]) -> Sequence[Event]:
+    """Of a history, the events of its last run; empty where any of them is missing."""
+    start = max((at for at, event in enumerate(events) if event.is_first), default=len(events))
+    run = events[start:]
+    return run if run and run[-1].seq - run[0].seq == len(run) - 1 else []
 
 
 def encode(events: list[Event]) -> bytes:
@@ -116,6 +153,8 @@ def _event(seq: int, choice: int, piece: dict[str, Any] | None, status: str | No
 
 _SUBSCRIBE_S = 0.5
 _GRACE_S = 0.25
+_MOST_UNREAD = 256
+"""Batches a reader may be behind."""
 _ENDED: list[Event] = []
 
 
@@ -160,6 +199,10 @@ class Subscriber:
         self._watches.setdefault(watch.job_id, set()).add(watch)
         return watch
 
+    def wake_all(self) -> None:
+        """Wake everyone, whatever their jobs do."""
+        self.ended(list(self._watches))
+
     def unwatch(self, watch: "Watch") -> None:
         watches = self._watches.get(watch.job_id, set())
         watches.discard(watch)
@@ -180,39 +223,40 @@ class Subscriber:
                 if not watch.ended.done():
                     watch.ended.set_result(None)
 
-    async def events(self, watch: "Watch", after: int, tick_s: float) -> AsyncIterator[Event | None]:
-        """The watched job's events after number `after`, past ones first; None whenever `tick_s` passed
-        without one. Ends with the event that has a status, or without one if Redis lost it: then the
-        job has ended, and the ledger knows how."""
-        job_id = UUID(watch.job_id)
-        key = transport.chunks_key(job_id).encode()
-        reader = _Reader(asyncio.Event(), asyncio.Queue())
+    async def events(self, watch: "Watch", flight_id: UUID, tick_s: float) -> AsyncIterator[Event | None]:
+        """The run's events from its first, past ones first; None whenever `tick_s` passed without one. Ends
+        with the event that has a status, or without one if Redis lost any: then the job has ended, and the
+        ledger has the rest. Raises Interrupted."""
+        key = transport.chunks_key(flight_id).encode()
+        reader = _Reader(asyncio.Event(), asyncio.Queue(_MOST_UNREAD))
         await self._add_reader(key, reader)
-        last = after
+        last, is_lost = 0, False
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(reader.subscribed.wait(), _SUBSCRIBE_S)
-            past = await self._history(job_id)
+            past = await self._history(flight_id)
             while True:
                 for event in past:
-                    if event.seq > last:
+                    if event.seq == last + 1 or (event.is_first and not last):
                         last = event.seq
                         yield event
                         if event.status is not None:
                             return
+                    elif event.is_first and event.seq > last:
+                        raise Interrupted
+                    elif event.seq > last:
+                        is_lost = True
                 batch = await self._next(watch, reader, tick_s)
-                if batch is _ENDED:
-                    for event in await self._history(job_id):
-                        if event.seq > last:
-                            yield event
+                if batch is _ENDED and is_lost:
                     return
                 if batch is None:
                     yield None
-                    past = await self._history(job_id) if self._is_stale(reader) else []
-                    continue
-                past = batch
-                if past and past[0].seq > last + 1:
-                    past = [*await self._history(job_id), *past]
+                past = batch or []
+                has_gap = bool(past) and not is_lost and past[0].seq > last + 1
+                if batch is _ENDED or has_gap or self._is_stale(reader):
+                    past = [*await self._history(flight_id), *past]
+                if batch is _ENDED:
+                    is_lost = True  # whatever is still missing after this look will not come
         finally:
             await self._remove_reader(key, reader)
 
@@ -286,7 +330,7 @@ class Subscriber:
         elif message["type"] == "message":
             events = decode(message["data"])
             for reader in self._readers.get(channel, ()):
-                reader.events.put_nowait(events)
+                reader.put(events)
 
 
 @dataclass(slots=True, eq=False)
@@ -294,3 +338,11 @@ class _Reader:
     subscribed: asyncio.Event
     events: asyncio.Queue[list[Event]]
     is_stale: bool = False
+
+    def put(self, events: list[Event]) -> None:
+        """A reader that falls behind keeps nothing, and reads from Redis when it has caught up."""
+        if self.events.full():
+            while not self.events.empty():
+                self.events.get_nowait()
+            self.is_stale = True
+        self.events.put_nowait(events)

@@ -20,6 +20,9 @@ STOP_CHANNEL = "switchyard:stop"
 """JSON [job id, …]: stop computing these. Workers listen."""
 EPOCH_KEY = "switchyard:epoch"
 """Set by the reconciler; its absence means that Redis was wiped."""
+PARKED_KEY = "switchyard:parked"
+"""A list of JSON [job id, version]: messages of a version that their worker did not know, the latest first."""
+MOST_PARKED = 10_000
 CHUNKS = "switchyard:chunks:{}"
 """Per job: a stream of its output events, and under the same name the channel that carries them live."""
 CHUNKS_TTL_S = 900

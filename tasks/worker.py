@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import orjson
 import structlog
@@ -21,11 +21,12 @@ import catalog
 import settings
 from backends.base import Backend, BackendDead
 from backends.registry import backend_class
-from db import jobs, session, workers
+from db import flights, jobs, session, workers
 from db.jobs import Claimed, Ended
 from db.lanes import Lane, LaneDown
 from db.models import JobStatus
 from tasks import inference, transport
+from tasks.gate import Gate
 from tasks.inference import Run
 from tasks.service_time import ServiceTime
 from tasks.stream import Broadcaster, Writer
@@ -55,6 +56,8 @@ class Worker:
         self._runs: dict[uuid.UUID, Run] = {}
         self._idle = asyncio.Event()
         self._idle.set()
+        self.gate = Gate()
+        """Every job passes it; one that may kill its worker passes alone."""
         self.is_leaving = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -68,8 +71,10 @@ class Worker:
         started = time.monotonic()
         await self.backend.start()
         self.claims = Lane(url, jobs.claim, is_durable=False, patience_s=_FINISH_PATIENCE_S)
+        self.claims_alone = Lane(url, jobs.claim_alone, is_durable=False, patience_s=_FINISH_PATIENCE_S)
         self.finishes = Lane(url, jobs.finish, patience_s=_FINISH_PATIENCE_S)
         self._ends = Lane(url, jobs.end, patience_s=_FINISH_PATIENCE_S)
+        self._landings = Lane(url, _land, patience_s=_FINISH_PATIENCE_S)
         self._owned = Lane(url, jobs.owned)
         self._strays: set[tuple[uuid.UUID, int]] = set()
         self.redis = transport.connect(self._config.redis_url, timeout_s=5.0)
@@ -121,12 +126,21 @@ class Worker:
             writer.end(status)
         self.outbox.wake()
 
+    async def land(self, leader_id: uuid.UUID) -> None:
+        """Give a stored result to the followers as well. What goes wrong here the reconciler makes good."""
+        with contextlib.suppress(LaneDown):
+            self._ended += await self._landings.submit(leader_id)
+
     async def stopped(self, attempt: Run) -> None:
-        """An attempt was cancelled here: if the job is still ours (we are draining) give it back uncounted."""
-        state = await self.end(attempt.job, "released", "", is_retryable=True, is_counted=False)
+        """An attempt was cancelled here: if the job is still ours give it back, uncounted unless it may have
+        been what made the backend hang."""
+        code = "backend_stalled" if attempt.is_stalled else "released"
+        state = await self.end(attempt.job, code, "", is_retryable=True, is_counted=attempt.is_stalled)
         log.info("job.stopped", job_id=str(attempt.job.id), attempt=attempt.job.attempt, state=state)
         if state is JobStatus.QUEUED:
             inference.enqueue(self.outbox, [(attempt.job.id, attempt.job.backend, attempt.job.task)])
+        elif state is JobStatus.FAILED:
+            self.announce(attempt.job.id, state, attempt.writer)
 
     async def drain(self) -> None:
         """Finish what runs within `drain_s`, give back the rest, and leave."""
@@ -141,7 +155,7 @@ class Worker:
             task.cancel()
         await self.outbox.close()
         await self.backend.stop()
-        for lane in (self.claims, self.finishes, self._ends, self._owned):
+        for lane in (self.claims, self.claims_alone, self.finishes, self._ends, self._landings, self._owned):
             await lane.close()
         await self.redis.aclose()
         self._pulse.stop()
@@ -179,12 +193,20 @@ class Worker:
 
     async def _watch(self) -> None:
         """Once a heartbeat: is the backend alive, are we, and do we still own what we run?"""
+        steps, since = -1, time.monotonic()
         while True:
             await asyncio.sleep(self._config.heartbeat_s)
             try:
                 self.backend.check_health()
             except BackendDead as error:
                 self.die(str(error))
+                return
+            if not self._runs or steps != self.backend.num_steps():
+                steps, since = self.backend.num_steps(), time.monotonic()
+            elif time.monotonic() - since > self._config.stall_s:
+                for run in self._runs.values():
+                    run.is_stalled = True
+                self.die(f"the backend has not finished a step for {self._config.stall_s:g} s")
                 return
             if self._pulse.is_dead:
                 self.die("declared dead: the lease ran out")
@@ -234,6 +256,12 @@ class Worker:
             finally:
                 with contextlib.suppress(RedisError, OSError):
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+
+def _land(cursor: session.Cursor, leaders: Sequence[uuid.UUID]) -> list[list[tuple[str, str]]]:
+    """(follower, state) of all of them, with the first leader's answer."""
+    landed = [(str(job_id), status) for job_id, status in flights.land(cursor, leaders)]
+    return [landed, *([] for _ in leaders[1:])]
 
 
 class _Pulse:

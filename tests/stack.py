@@ -41,9 +41,12 @@ class Stack:
             "SWITCHYARD_SWEEP_S": "0.3",
             "SWITCHYARD_RESEND_AFTER_S": "1.5",
             "SWITCHYARD_DRAIN_S": "10",
+            "SWITCHYARD_UNSAFE_SERVERS": "true",
             "CELERY_CUSTOM_WORKER_POOL": "tasks.pool:TaskPool",
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.patches: dict[str, str] = {}
+        """Python that the process of that name runs before its own program: how a test breaks the product's code."""
         self._connection: session.Connection | None = None
         self.secret = self.create_key("default")
 
@@ -61,18 +64,26 @@ class Stack:
             cursor.execute(sql, values)
             return cursor.fetchall() if cursor.description else []
 
-    def start_gateway(self, name: str = "gateway") -> None:
-        self._start(name, [sys.executable, "-m", "api.server"], {"SWITCHYARD_PORT": str(self.port)})
-        self.wait_until(lambda: self._is_up(), f"{name} up")
+    def forget(self) -> None:
+        """Look into the ledger over a new connection next time: Postgres may have been restarted."""
+        if self._connection is not None:
+            self._connection.close()
 
-    def start_reconciler(self, name: str = "reconciler") -> None:
-        self._start(name, [sys.executable, "-m", "tasks.reconciler"], {})
+    def start_gateway(self, name: str = "gateway", port: int | None = None, **environment: str) -> None:
+        """Start a gateway, on a port of its own if it is not the first, and wait until it is ready."""
+        port = port or self.port
+        self._start(name, ["-m", "api.server"], {"SWITCHYARD_PORT": str(port), **environment})
+        self.wait_until(lambda: self._is_up(port), f"{name} up")
 
-    def start_worker(self, backend: str, name: str | None = None, slots: int = 64, wait_s: float = 30) -> None:
+    def start_reconciler(self, name: str = "reconciler", **environment: str) -> None:
+        self._start(name, ["-m", "tasks.reconciler"], environment)
+
+    def start_worker(
+        self, backend: str, name: str | None = None, slots: int = 64, wait_s: float = 30, **environment: str
+    ) -> None:
         """Start a worker and wait until it has loaded and registered as ready."""
         name = name or backend
         argv = [
-            sys.executable,
             "-m",
             "celery",
             "-A",
@@ -86,7 +97,7 @@ class Stack:
             backend,
         ]
         argv += ["-n", f"{name}@%h", "-E", *CELERY_OPTIONS]
-        self._start(name, argv, {"SWITCHYARD_BACKEND": backend, "SWITCHYARD_WORKER_NAME": name})
+        self._start(name, argv, {"SWITCHYARD_BACKEND": backend, "SWITCHYARD_WORKER_NAME": name, **environment})
         ready = "SELECT 1 FROM workers WHERE name = %s AND state = 'ready'"
         self.wait_until(lambda: bool(self.query(ready, name)), f"worker {name} ready", wait_s)
         if any(known.startswith("gateway") for known in self.processes):
@@ -138,14 +149,23 @@ class Stack:
         return f"--- {name}\n" + "\n".join(text.splitlines()[-25:])
 
     def _start(self, name: str, argv: list[str], extra: dict[str, str]) -> None:
+        """`argv` is `-m`, a module and its arguments."""
+        if name in self.patches:
+            run = f"import runpy; runpy.run_module({argv[1]!r}, run_name='__main__', alter_sys=True)"
+            argv = ["-c", f"{self.patches[name]}\n{run}", *argv[2:]]
         with (self.logs / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                argv, cwd=ROOT, env=self.environment | extra, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, *argv],
+                cwd=ROOT,
+                env=self.environment | extra,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
-    def _is_up(self) -> bool:
+    def _is_up(self, port: int) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz").status_code == 200
+            return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
         except httpx.TransportError:
             return False
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from api import auth, job_answers, schemas
 from db.api_keys import ApiKey
-from db.jobs import Filter
+from db.jobs import DeadLetters, Filter
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -62,6 +62,25 @@ async def stream_job(
 async def cancel_job(request: Request, caller: Caller, job_id: UUID) -> Response:
     """Cancel the job, queued or running. Final."""
     return await job_answers.cancel(request, caller, job_id)
+
+
+@router.post("/retry", status_code=202)
+async def retry_jobs(
+    request: Request,
+    caller: Caller,
+    model: Annotated[str | None, Query(max_length=256)] = None,
+    code: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+) -> Response:
+    """Queue the caller's failed jobs again: all, or those of a model or an error code. The oldest first."""
+    wanted = DeadLetters(tenant=caller.tenant, model=model, code=code, limit=limit)
+    return await job_answers.retry_all(request, wanted)
+
+
+@router.post("/{job_id}/retry", status_code=202)
+async def retry_job(request: Request, caller: Caller, job_id: UUID) -> Response:
+    """Queue a failed or expired job again, under its own id and with a full set of attempts."""
+    return await job_answers.retry(request, caller, job_id)
 
 
 @router.get("/{job_id}/explain")

@@ -161,7 +161,7 @@ class EchoOptions(WireModel):
     first_token_ms: Annotated[float, Field(ge=0, le=600_000)] | None = None
     token_ms: Annotated[float, Field(ge=0, le=600_000)] | None = None
     num_tokens: Annotated[int, Field(ge=1, le=131_072)] | None = None
-    fail: Literal["error", "invalid", "dead", "exit"] | None = None
+    fail: Literal["error", "invalid", "dead", "exit", "hang"] | None = None
     fail_after: Annotated[int, Field(ge=0, le=131_072)] | None = None
 
     def given(self) -> dict[str, str | int | float]:

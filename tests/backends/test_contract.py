@@ -114,6 +114,14 @@ class Generates:
         assert joined(head)[1] + joined(rest)[1] == tokens
         assert joined(head)[0] + joined(rest)[0] == text
 
+    async def test_its_steps_are_counted_whether_it_streams_or_not(self, backend: Backend) -> None:
+        """A worker takes a backend whose calls run without a step for hung."""
+        model = backend.spec.models[0]
+        for is_streaming in (True, False):
+            before = backend.num_steps()
+            await run(backend, call_for(model, PROMPTS[0], max_tokens=4, is_streaming=is_streaming))
+            assert backend.num_steps() > before
+
     async def test_a_closed_stream_leaves_room_for_others(self, backend: Backend) -> None:
         model = backend.spec.models[0]
         streams = [
@@ -167,6 +175,11 @@ class Encodes:
             *[backend.embed(EncodeCall(f"one-{index}", model.name, [tokens])) for index, tokens in enumerate(inputs)]
         )
         np.testing.assert_allclose(np.concatenate(alone), together, atol=2e-5)
+
+    async def test_its_steps_are_counted(self, backend: Backend) -> None:
+        before = backend.num_steps()
+        await backend.embed(EncodeCall("steps", backend.spec.models[0].name, [[1, 2]]))
+        assert backend.num_steps() > before
 
     async def test_dimensions_shorten_and_stay_unit(self, backend: Backend) -> None:
         model = backend.spec.models[0]

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from db import jobs, session, workers
-from db.jobs import Ended, Filter, Finished, NewJob
+from db import accept, jobs, session, workers
+from db.accept import NewJob
+from db.jobs import Claimed, Ended, Filter, Finished
 from db.models import TERMINAL, TRANSITIONS, JobStatus
 from db.session import Cursor
 
@@ -44,7 +45,7 @@ def new(**fields: Any) -> NewJob:
 
 def queued(cursor: Cursor, **fields: Any) -> NewJob:
     job = new(**fields)
-    jobs.insert(cursor, [job])
+    accept.insert(cursor, [job])
     return job
 
 
@@ -71,8 +72,8 @@ def state(cursor: Cursor, job: NewJob) -> jobs.View:
 
 def test_a_repeated_insert_changes_nothing(cursor: Cursor) -> None:
     job = new()
-    first = jobs.insert(cursor, [job])
-    assert jobs.insert(cursor, [replace(job, model="other")]) == first
+    first = accept.insert(cursor, [job])
+    assert accept.insert(cursor, [replace(job, model="other")]) == first
     assert state(cursor, job).model == "m"
 
 
@@ -92,7 +93,9 @@ def test_one_of_many_racing_workers_wins(database_url: str, cursor: Cursor) -> N
     def race(life: int) -> None:
         with contextlib.closing(session.connect(database_url, "tests")) as connection, connection.cursor() as own:
             barrier.wait()
-            won.extend(job.id for job in jobs.claim(own, [(job_id, life) for job_id in ids]) if job is not None)
+            won.extend(
+                job.id for job in jobs.claim(own, [(job_id, life) for job_id in ids]) if isinstance(job, Claimed)
+            )
 
     threads = [threading.Thread(target=race, args=(life,)) for life in lives]
     for thread in threads:
@@ -111,7 +114,7 @@ def test_a_dead_worker_claims_nothing(cursor: Cursor) -> None:
 def test_finish_stores_state_result_and_cache_entry_together(cursor: Cursor) -> None:
     life = worker(cursor)
     job = claimed(cursor, life, cache_key=b"k" * 32, cache_ttl_s=60)
-    assert jobs.finish(cursor, [result(job, life)]) == [True]
+    assert jobs.finish(cursor, [result(job, life)]) == [0]
     outcome = jobs.outcome(cursor, [job.id])[0]
     assert outcome is not None
     assert (outcome.status, outcome.body, outcome.usage) == (JobStatus.SUCCEEDED, b"body", {"prompt_tokens": 3})
@@ -122,21 +125,21 @@ def test_finish_stores_state_result_and_cache_entry_together(cursor: Cursor) -> 
 def test_a_repeated_finish_is_still_mine_and_changes_nothing(cursor: Cursor) -> None:
     life = worker(cursor)
     job = claimed(cursor, life)
-    assert jobs.finish(cursor, [result(job, life)]) == [True]
-    assert jobs.finish(cursor, [result(job, life, body=b"other")]) == [True]
+    assert jobs.finish(cursor, [result(job, life)]) == [0]
+    assert jobs.finish(cursor, [result(job, life, body=b"other")]) == [0]
     assert jobs.outcome(cursor, [job.id])[0].body == b"body"  # type: ignore[union-attr]
 
 
 def test_the_fence_shuts_out_other_workers_and_earlier_attempts(cursor: Cursor) -> None:
     one, two = worker(cursor), worker(cursor)
     job = claimed(cursor, one)
-    assert jobs.finish(cursor, [result(job, two)]) == [False]
+    assert jobs.finish(cursor, [result(job, two)]) == [None]
     assert jobs.rescue(cursor, [one], 3) == [(job.id, "echo", "generate", "queued")]
     assert jobs.claim(cursor, [(job.id, two)])[0].attempt == 2  # type: ignore[union-attr]
-    assert jobs.finish(cursor, [result(job, one, 1, b"late")]) == [False]
+    assert jobs.finish(cursor, [result(job, one, 1, b"late")]) == [None]
     assert jobs.end(cursor, [ending(job, one, 1)]) == [None]
-    assert jobs.finish(cursor, [result(job, two, 2, b"right")]) == [True]
-    assert jobs.finish(cursor, [result(job, one, 1, b"later")]) == [False]
+    assert jobs.finish(cursor, [result(job, two, 2, b"right")]) == [0]
+    assert jobs.finish(cursor, [result(job, one, 1, b"later")]) == [None]
     assert jobs.outcome(cursor, [job.id])[0].body == b"right"  # type: ignore[union-attr]
 
 
@@ -158,7 +161,7 @@ def test_only_the_first_answer_is_cached_unless_a_refresh_was_asked_for(cursor: 
 def test_twins_finishing_in_one_batch_make_one_cache_entry(cursor: Cursor) -> None:
     life, key = worker(cursor), {"cache_key": b"k" * 32, "cache_ttl_s": 60}
     twins = [claimed(cursor, life, **key) for _ in range(3)]
-    assert jobs.finish(cursor, [result(job, life) for job in twins]) == [True] * 3
+    assert jobs.finish(cursor, [result(job, life) for job in twins]) == [0] * 3
 
 
 def test_attempts_are_counted_and_end(cursor: Cursor) -> None:
@@ -197,7 +200,7 @@ def test_cancel_is_final_and_only_for_the_tenant(cursor: Cursor) -> None:
         None,
     ]
     assert jobs.cancel(cursor, [(running.id, "t")]) == ["cancelled"]
-    assert jobs.finish(cursor, [result(running, life)]) == [False]
+    assert jobs.finish(cursor, [result(running, life)]) == [None]
     assert jobs.claim(cursor, [(waiting.id, life)]) == [None]
     done = claimed(cursor, life)
     jobs.finish(cursor, [result(done, life)])
@@ -214,7 +217,7 @@ def test_deadlines_expire_queued_and_running_jobs(cursor: Cursor) -> None:
     cursor.execute("UPDATE jobs SET deadline_at = now() - interval '1 s' WHERE id = %s", (running.id,))
     assert jobs.claim(cursor, [(late.id, life)]) == [None], "a late job never reaches an engine"
     assert sorted(jobs.expire(cursor)) == sorted([late.id, running.id])
-    assert jobs.finish(cursor, [result(running, life)]) == [False]
+    assert jobs.finish(cursor, [result(running, life)]) == [None]
     assert state(cursor, early).status == "queued"
 
 

@@ -1,7 +1,9 @@
 """What is accepted gets one right answer, whatever dies."""
 
+import base64
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,7 +70,7 @@ def test_a_stream_goes_on_when_its_worker_is_replaced(stack: Stack) -> None:
     stack.environment["SWITCHYARD_DRAIN_S"] = "0.3"
     stack.stop("echo")
     stack.start_worker("echo", "old")
-    text = "a text that outlasts the drain " * 3
+    text = "a text that outlasts the drain " * 10
     body = {"model": "echo", "prompt": text, "max_tokens": 1000, "options": {"token_ms": 30}}
     stream = stack.read_stream("/v1/completions", body)
     stream.wait_for(30)
@@ -162,3 +164,98 @@ def test_a_dead_backend_takes_its_worker_down_and_no_job_with_it(stack: Stack) -
         assert client.post(f"{killer}/cancel").status_code == 200
         stack.start_worker("echo")
         assert answers(client, paths) == [f"bystander {number}" for number in range(5)]
+
+
+def test_a_hung_backend_is_noticed_and_its_jobs_go_on(stack: Stack) -> None:
+    stack.environment["SWITCHYARD_STALL_S"] = "1.5"
+    stack.stop("echo")
+    stack.start_worker("echo")
+    with stack.client(timeout_s=60) as client:
+        bystander = submit(client, "bystander", first_token_ms=6000)
+        hanging = submit(client, "x", fail="hang")  # type: ignore[arg-type]
+        assert stack.processes.pop("echo").wait(20) == 70
+        # Which of them made it hang nobody knows: the attempt counts for both.
+        assert stack.query("SELECT DISTINCT attempt, attempts -> 0 ->> 'outcome' FROM jobs") == [(1, "backend_stalled")]
+        assert client.post(f"{hanging}/cancel").status_code == 200
+        stack.start_worker("echo")
+        assert answers(client, [bystander]) == ["bystander"]
+
+
+def test_what_killed_every_worker_is_refused_for_a_while(stack: Stack) -> None:
+    body = {"model": "echo", "prompt": "poison", "options": {"fail": "exit"}}
+    with stack.client(timeout_s=60) as client:
+        path = client.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": body}).headers["location"]
+        for _ in range(3):
+            stack.processes.pop("echo").wait(20)
+            with contextlib.suppress(AssertionError):
+                stack.start_worker("echo", wait_s=10)
+        assert client.get(path, params={"wait": 30}).json()["error"]["code"] == "attempts_exhausted"
+        time.sleep(1.5)  # gateways hear of it with their next survey
+        refused = client.post("/v1/completions", json=body)
+        assert (refused.json()["error"]["code"], refused.headers["x-should-retry"]) == ("quarantined", "false")
+        assert client.post("/v1/completions", json=body | {"prompt": "good", "options": {}}).status_code == 200
+
+
+def test_bystanders_outlive_a_job_that_kills_its_workers(stack: Stack) -> None:
+    with stack.client(timeout_s=120) as client:
+        paths = [submit(client, f"bystander {number}", first_token_ms=2500) for number in range(6)]
+        poison = submit(client, "poison", fail="exit", first_token_ms=800)  # type: ignore[arg-type]
+        for _ in range(3):
+            stack.processes.pop("echo").wait(60)
+            with contextlib.suppress(AssertionError):
+                stack.start_worker("echo", wait_s=10)
+        assert client.get(poison, params={"wait": 30}).json()["error"]["code"] == "attempts_exhausted"
+        assert answers(client, paths) == [f"bystander {number}" for number in range(6)]
+
+
+def test_a_message_of_an_unknown_version_is_parked_and_its_job_runs(stack: Stack, redis_url: str) -> None:
+    with stack.client(timeout_s=60) as client, contextlib.closing(redis.Redis.from_url(redis_url)) as broker:
+        stack.stop("echo")
+        path = submit(client, "from the future")
+        message = json.loads(broker.rpop("echo"))  # type: ignore[arg-type]
+        job_id = message["headers"]["id"]
+        message["body"] = base64.b64encode(json.dumps([[job_id, 99], {}, {}]).encode()).decode()
+        broker.lpush("echo", json.dumps(message))
+        stack.start_worker("echo")
+        assert answers(client, [path]) == ["from the future"]
+        assert [json.loads(one) for one in broker.lrange("switchyard:parked", 0, -1)] == [[job_id, 99]]
+        broker.delete("switchyard:parked")
+
+
+TWO = """
+backends: {one: {runtime: echo, concurrency: 8}, two: {runtime: echo, concurrency: 8, max_queued_tokens: 400}}
+models: {echo: {path: echo, backends: [one, two]}, only-two: {path: echo, backends: [two], auto: false}}
+"""
+
+
+@pytest.fixture
+def two(server_urls: tuple[str, str], tmp_path: Path) -> Iterator[Stack]:
+    yield from running(server_urls, tmp_path, TWO, ["one"])
+
+
+def test_jobs_of_a_backend_without_workers_move_to_another(two: Stack) -> None:
+    with two.client(timeout_s=60) as client:
+        paths = [submit(client, f"moved {number}", first_token_ms=4000) for number in range(8)]
+        two.wait_until(lambda: client.get(paths[-1]).json()["status"] == "running", "running jobs")
+        two.start_worker("two")
+        two.kill("one")
+        assert answers(client, paths) == [f"moved {number}" for number in range(8)]
+        explained = client.get(f"{paths[0]}/explain").json()
+    assert explained["backend"] == "two"
+    assert explained["decision"]["reason"] == "moved: no worker of one was up"
+    assert explained["decision"]["before"]["chosen"]["backend"] == "one"
+
+
+def test_a_queue_that_is_full_of_tokens_refuses_with_a_time(two: Stack) -> None:
+    body = {"model": "only-two", "prompt": "x" * 300, "options": {}}
+    with two.client() as client:
+        for _ in range(2):
+            accepted = client.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": body})
+            assert accepted.status_code == 202
+        two.start_worker("two", slots=1)
+        blocker = body | {"options": {"first_token_ms": 3000}}
+        for number in range(4):
+            client.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": blocker | {"seed": number}})
+        refused = client.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert 1 <= int(refused.headers["retry-after"]) <= 60

@@ -1,0 +1,250 @@
+"""Accepting: a call becomes a row, or joins the row that is already there.
+
+Three ways to join. A request identical to one that is queued or running follows it: it gets a row of its
+own, without a run of its own. A repeated Idempotency-Key, and a retry by an SDK, lead back to the job
+they made the first time.
+"""
+
+import datetime
+import itertools
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg2.extras import execute_values
+
+from db.session import Cursor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A job about to be accepted. JSON columns come encoded."""
+
+    id: uuid.UUID
+    tenant: str
+    api_key_id: uuid.UUID | None
+    request_id: str
+    endpoint: str
+    task: str
+    requested_model: str
+    model: str
+    model_revision: str
+    backend: str
+    is_stream: bool
+    payload: bytes
+    metadata: str | None
+    decision: str
+    cache_verdict: str
+    cache_key: bytes | None
+    cache_ttl_s: int | None
+    is_cache_refresh: bool
+    prompt_tokens: int
+    timings: str
+    timeout_s: float | None = None
+    coalesce_key: bytes | None = None
+    """Live jobs with the same key share one run. None: this one runs alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """A recorded job. One with a leader waits for that job's run and needs no message of its own."""
+
+    id: uuid.UUID
+    created_at: datetime.datetime
+    backend: str
+    cache_verdict: str
+    leader_id: uuid.UUID | None
+    flight_id: uuid.UUID
+    """Under whose name the run's events are kept."""
+
+
+_COLUMNS = """
+    id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, backend, is_stream,
+    payload, metadata, decision, cache_verdict, cache_key, cache_ttl_s, is_cache_refresh, prompt_tokens, timings,
+    deadline_at, coalesce_key
+"""
+_TYPES = (
+    "(%s::uuid,%s,%s::uuid,%s,%s,%s,%s,%s,%s,%s,%s,%s::bytea,%s::jsonb,%s::jsonb,%s,%s::bytea,%s::int,%s,%s,"
+    "%s::jsonb,clock_timestamp() + %s::float8 * interval '1 s',%s::bytea)"
+)
+_INSERTED = "id, created_at, backend, cache_verdict, leader_id, coalesce(flight_id, id)"
+
+
+def insert(cursor: Cursor, jobs: Sequence[NewJob]) -> list[Inserted]:
+    """Record jobs as queued, or as followers of the live job with the same `coalesce_key`. Repeating an
+    insert changes nothing."""
+    # In key order, so that two batches with the same keys cannot wait for each other.
+    left = sorted(jobs, key=lambda job: job.coalesce_key or b"")
+    made: dict[uuid.UUID, Inserted] = {}
+    for step in itertools.cycle((_lead, _known, _follow)):
+        made |= {row[0]: Inserted(*row) for row in step(cursor, left)}
+        left = [job for job in left if job.id not in made]
+        # Whoever is left after a whole round saw its leader end meanwhile, and leads in the next.
+        if not left:
+            break
+    return [made[job.id] for job in jobs]
+
+
+def _row(job: NewJob) -> tuple[Any, ...]:
+    return (
+        job.id, job.tenant, job.api_key_id, job.request_id, job.endpoint, job.task, job.requested_model, job.model,
+        job.model_revision, job.backend, job.is_stream, job.payload, job.metadata, job.decision, job.cache_verdict,
+        job.cache_key, job.cache_ttl_s, job.is_cache_refresh, job.prompt_tokens, job.timings, job.timeout_s,
+        job.coalesce_key,
+    )  # fmt: skip
+
+
+def _lead(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = execute_values(
+        cursor,
+        f"INSERT INTO jobs ({_COLUMNS}) VALUES %s ON CONFLICT DO NOTHING RETURNING {_INSERTED}",  # noqa: S608
+        [_row(job) for job in jobs],
+        template=_TYPES,
+        page_size=1000,
+        fetch=True,
+    )
+    return rows
+
+
+def _known(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
+    """Those that an earlier try has inserted already."""
+    cursor.execute(f"SELECT {_INSERTED} FROM jobs WHERE id = ANY(%s)", ([job.id for job in jobs],))  # noqa: S608
+    return cursor.fetchall()
+
+
+def _follow(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
+    """Counting the followers locks their leader's row: it cannot end between this statement's look and its
+    commit, so whoever ends it sees them."""
+    rows: list[tuple[Any, ...]] = execute_values(
+        cursor,
+        f"""
+        WITH input ({_COLUMNS}) AS (VALUES %s),
+        live AS (SELECT j.id FROM jobs j WHERE status IN ('queued', 'running')
+            AND coalesce_key IN (SELECT coalesce_key FROM input) ORDER BY id FOR UPDATE),
+        leader AS (UPDATE jobs j SET num_followers = num_followers +
+                (SELECT count(*) FROM input i WHERE i.coalesce_key = j.coalesce_key)
+            FROM live WHERE j.id = live.id RETURNING j.id, j.backend, coalesce(j.flight_id, j.id) AS flight_id,
+                j.coalesce_key)
+        INSERT INTO jobs ({_COLUMNS}, leader_id, flight_id)
+        SELECT i.id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, l.backend,
+            is_stream, payload, metadata, decision, 'COALESCED; joined ' || l.id, cache_key, cache_ttl_s,
+            is_cache_refresh, prompt_tokens, timings, deadline_at, NULL, l.id, l.flight_id
+        FROM input i JOIN leader l ON l.coalesce_key = i.coalesce_key RETURNING {_INSERTED}
+        """,  # noqa: S608 - column names from this file alone
+        [_row(job) for job in jobs],
+        template=_TYPES,
+        page_size=1000,
+        fetch=True,
+    )
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Idempotency:
+    """A caller's key, and the SHA-256 of what was asked under it."""
+
+    api_key_id: uuid.UUID
+    key: str
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What a key stands for by now."""
+
+    job_id: uuid.UUID
+    fingerprint: bytes
+    inserted: Inserted | None
+    """Where this very request made the job."""
+
+
+def insert_once(cursor: Cursor, wanted: Sequence[tuple[Idempotency, NewJob]]) -> list[Reserved]:
+    """Record each job unless its key already stands for another; key and job in one transaction, so there
+    is never one without the other. Keys are kept for 24 h. A lost answer may be asked for again."""
+    first = {(one.api_key_id, one.key): (one, job) for one, job in reversed(wanted)}
+    cursor.execute("BEGIN")
+    try:
+        rows = execute_values(
+            cursor,
+            """
+            INSERT INTO idempotency_keys AS k (api_key_id, key, fingerprint, job_id, expires_at) VALUES %s
+            ON CONFLICT (api_key_id, key) DO UPDATE SET
+                fingerprint = CASE WHEN k.expires_at > clock_timestamp() THEN k.fingerprint
+                                   ELSE excluded.fingerprint END,
+                job_id = CASE WHEN k.expires_at > clock_timestamp() THEN k.job_id ELSE excluded.job_id END,
+                expires_at = CASE WHEN k.expires_at > clock_timestamp() THEN k.expires_at ELSE excluded.expires_at END
+            RETURNING api_key_id, key, job_id, fingerprint
+            """,
+            [(one.api_key_id, one.key, one.fingerprint, job.id) for _, (one, job) in sorted(first.items())],
+            template="(%s::uuid, %s, %s::bytea, %s::uuid, clock_timestamp() + interval '24 h')",
+            page_size=1000,
+            fetch=True,
+        )
+        held = {(row[0], row[1]): (row[2], bytes(row[3])) for row in rows}
+        mine = [job for name, (_, job) in first.items() if held[name][0] == job.id]
+        made = {one.id: one for one in insert(cursor, mine)}
+        cursor.execute("COMMIT")
+    except BaseException:
+        cursor.execute("ROLLBACK")
+        raise
+    answers = []
+    for one, job in wanted:
+        job_id, fingerprint = held[one.api_key_id, one.key]
+        answers.append(Reserved(job_id, fingerprint, made.get(job_id) if job_id == job.id else None))
+    return answers
+
+
+def find_key(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str]]) -> list[Reserved | None]:
+    """What each (API key, Idempotency-Key) stands for; None for an unknown or expired one."""
+    rows = execute_values(
+        cursor,
+        """
+        SELECT k.api_key_id, k.key, job_id, fingerprint FROM idempotency_keys k
+        JOIN (VALUES %s) w (api_key_id, key) ON k.api_key_id = w.api_key_id AND k.key = w.key
+        WHERE expires_at > clock_timestamp()
+        """,
+        wanted,
+        template="(%s::uuid, %s)",
+        page_size=1000,
+        fetch=True,
+    )
+    found = {(row[0], row[1]): Reserved(row[2], bytes(row[3]), None) for row in rows}
+    return [found.get(one) for one in wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A request that an SDK says it has sent before."""
+
+    api_key_id: uuid.UUID
+    cache_keys: tuple[bytes, ...]
+    """One per model that may answer."""
+    is_stream: bool
+
+
+_ADOPTION_S = 600
+
+
+def find_live(cursor: Cursor, retries: Sequence[Retry]) -> list[uuid.UUID | None]:
+    """The newest live job of the last ten minutes that each retried request made."""
+    return [_find_live(cursor, retry) for retry in retries]
+
+
+def _find_live(cursor: Cursor, retry: Retry) -> uuid.UUID | None:
+    cursor.execute(
+        """
+        SELECT id FROM jobs WHERE status IN ('queued', 'running') AND api_key_id = %s AND cache_key = ANY(%s)
+            AND is_stream = %s AND created_at > clock_timestamp() - %s * interval '1 s'
+        ORDER BY created_at DESC LIMIT 1
+        """,
+        (retry.api_key_id, list(retry.cache_keys), retry.is_stream, _ADOPTION_S),
+    )
+    row = cursor.fetchone()
+    return row[0] if row else None
+
+
+def forget_keys(cursor: Cursor) -> int:
+    """Delete the keys whose time is over; answers how many."""
+    cursor.execute("DELETE FROM idempotency_keys WHERE expires_at <= clock_timestamp()")
+    return cursor.rowcount

@@ -13,7 +13,7 @@ from typing import Any
 from db.jobs import Ended, Finished, Outcome
 from db.models import TERMINAL, TRANSITIONS, JobStatus
 from tests.simulation.kernel import Violation
-from tests.simulation.store import LOCK_GRACE_S, JobRow, SimStore
+from tests.simulation.store import DEATHS, LOCK_GRACE_S, JobRow, SimStore
 
 
 @dataclass(slots=True)
@@ -95,6 +95,13 @@ class Audit:
             if life.state != "dead"
         }
 
+    def start(self, job_id: uuid.UUID, num_others: int, has_suspect: bool) -> bool:
+        """A worker begins to run the job, beside so many others. True for one that must run alone."""
+        row = self._store.jobs.get(job_id)
+        is_suspect = row is not None and _num_deaths(row) >= 2
+        self._hold("alone", not has_suspect and not (is_suspect and num_others), "{} has company", job_id)
+        return is_suspect
+
     def finish(self, is_quiet: bool) -> None:
         """The end of a schedule, faults over and everything still."""
         rows, results = self._store.jobs, self._store.results
@@ -106,12 +113,13 @@ class Audit:
             self._hold("I6", row.attempt <= self._max_attempts, "{} had {} attempts", row.id, row.attempt)
             self._hold("I2", row.id in self.records and self._record(row) == self.records[row.id],
                        "{} changed unseen: {}", row.id, row)  # fmt: skip
-            self._hold("I5", (row.id in results) == (row.status is JobStatus.SUCCEEDED),
+            has_result = row.id in results or (row.status is JobStatus.SUCCEEDED and row.leader_id in results)
+            self._hold("I5", has_result == (row.status is JobStatus.SUCCEEDED),
                        "{} is {}, result: {}", row.id, row.status, results.get(row.id))  # fmt: skip
         for job_id in self.cancelled:
             self._hold("I17", rows[job_id].status is JobStatus.CANCELLED, "{} was cancelled: {}", job_id, rows[job_id])
         for job_id, seen in self.observed.items():
-            now = rows[job_id].status, results[job_id].body if job_id in results else None
+            now = rows[job_id].status, self._record(rows[job_id]).body
             self._hold("I2", seen == now, "{} was seen as {} and is {}", job_id, seen, now)
         counts = Counter(row.status for row in rows.values())
         self._hold("I19", rows.keys() == self.records.keys() and sum(counts[status] for status in TERMINAL) == len(rows),
@@ -124,8 +132,9 @@ class Audit:
         if outcome is None or outcome.status not in TERMINAL:
             self._hold("I2", job_id not in self.observed, "{} had ended and has not any more", job_id)
             return
-        seen = self.observed.setdefault(job_id, (outcome.status, outcome.body))
-        self._hold("I2", seen == (outcome.status, outcome.body), "{} ended as {} and as {}", job_id, seen, outcome)
+        answer = outcome.status, outcome.body if outcome.status is JobStatus.SUCCEEDED else None
+        seen = self.observed.setdefault(job_id, answer)
+        self._hold("I2", seen == answer, "{} ended as {} and as {}", job_id, seen, outcome)
 
     def _job(self, name: str, arguments: tuple[Any, ...], job_id: uuid.UUID) -> None:
         row, record = self._store.jobs.get(job_id), self.records.get(job_id)
@@ -137,8 +146,8 @@ class Audit:
             self.transitions["new->queued"] += 1
         elif record.status in TERMINAL:
             self._hold("I2", now == record, "{} changed a job that had ended: {} -> {}", name, record, now)
-        elif name == "find_unsent":
-            self._hold("I2", now == record, "{} changed more than the time of sending: {} -> {}", name, record, now)
+        elif name in _UNMOVING:
+            self._hold("I2", now == record, "{} changed more than it says: {} -> {}", name, record, now)
         else:
             is_legal = now.status in TRANSITIONS[record.status]
             self._hold("I2", is_legal, "{} moved {} {} -> {}", name, job_id, record.status, now.status)
@@ -148,7 +157,9 @@ class Audit:
 
     def _move(self, name: str, arguments: tuple[Any, ...], row: JobRow, before: Record, now: Record) -> None:
         match name:
-            case "claim":
+            case "claim" | "claim_alone":
+                self._hold("alone", name == "claim_alone" or _num_deaths(row) < 2, "{} is a suspect", row.id)
+                self._hold("flight", row.leader_id is None, "{} follows and was taken", row.id)
                 self._hold("I6", now.attempt == before.attempt + 1 <= self._max_attempts, "{} -> {}", before, now)
                 self._hold("I5", now.worker_id in self.lives, "worker {} is dead and took {}", now.worker_id, row.id)
                 self._hold("I1", row.deadline_at is None or row.deadline_at > self._store.now, "{} is too late", row.id)
@@ -157,13 +168,21 @@ class Audit:
                 self._hold("I5", now.body == body, "{} was owned by {}, stored is {}", row.id, before, now.body)
             case "end":
                 self._fenced(arguments[0], row, before)
+            case "land":
+                leader = self.records.get(row.leader_id) if row.leader_id is not None else None
+                self._hold("flight", leader is not None and (leader.status, leader.body) == (now.status, now.body)
+                           and now.status in (JobStatus.SUCCEEDED, JobStatus.FAILED),
+                           "{} ended as {}, its leader as {}", row.id, now, leader)  # fmt: skip
+            case "cancel":
+                is_meant = (row.id, row.job.tenant) in arguments[0]
+                self._hold("flight", is_meant, "{} was cancelled and nobody asked for it", row.id)
             case "rescue":
                 self._hold("I18", before.worker_id not in self.lives, "{} was taken from a living worker", row.id)
             case "expire":
                 is_late = row.deadline_at is not None and row.deadline_at <= self._store.now
                 self._hold("I18", is_late, "{} expired early", row.id)
         if now.status is JobStatus.FAILED and (now.error or {}).get("code") == "attempts_exhausted":
-            self._hold("I6", before.attempt >= self._max_attempts, "{} gave up after {}", row.id, before.attempt)
+            self._hold("I6", now.attempt >= self._max_attempts, "{} gave up after {}", row.id, now.attempt)
 
     def _fenced(self, endings: Sequence[Ended | Finished], row: JobRow, before: Record) -> None:
         owners = {(one.worker_id, one.attempt) for one in endings if one.id == row.id}
@@ -197,7 +216,7 @@ class Audit:
         return life.lease_until < now or (life.heartbeat_at < now - self._heartbeat_s and is_lockless)
 
     def _record(self, row: JobRow) -> Record:
-        result = self._store.results.get(row.id)
+        result = self._store.results.get(row.leader_id or row.id) if row.status is JobStatus.SUCCEEDED else None
         return Record(row.status, row.attempt, row.worker_id, row.finished_at, row.error, row.usage,
                       None if result is None else result.body)  # fmt: skip
 
@@ -207,4 +226,10 @@ class Audit:
             raise Violation(invariant, text.format(*seen))
 
 
+def _num_deaths(row: JobRow) -> int:
+    return sum(attempt["outcome"] in DEATHS for attempt in row.attempts)
+
+
+_UNMOVING = frozenset({"insert", "find_unsent", "hand_over"})
+"""Statements that leave a job that is there as it stands."""
 _OF_WORKERS = frozenset({"register", "heartbeat", "leave", "bury"})

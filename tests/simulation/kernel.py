@@ -75,12 +75,19 @@ class Exit(Operation):
         return PARKED
 
 
+@dataclass(eq=False, slots=True)
+class Session:
+    """A connection to Postgres that lasts, and with it its locks."""
+
+    spoke_at: float = 0.0
+
+
 class Statement(Operation):
     """A statement on its way to the ledger. It may be lost before it runs, and its answer after it ran."""
 
     __slots__ = ("arguments", "has_run", "is_durable", "name", "process", "session")
 
-    def __init__(self, process: "Process", name: str, *arguments: Any, session: object = None,
+    def __init__(self, process: "Process", name: str, *arguments: Any, session: Session | None = None,
                  is_durable: bool = True) -> None:  # fmt: skip
         self.process, self.name, self.arguments = process, name, arguments
         self.session, self.is_durable = session, is_durable
@@ -100,6 +107,8 @@ class Statement(Operation):
     def run(self, kernel: "Kernel") -> Any:
         self.has_run = True
         store = kernel.store
+        if self.session is not None:
+            self.session.spoke_at = kernel.now
         store.begin(self.session, is_durable=self.is_durable, caller_now=kernel.now + self.process.skew_s)
         answer = getattr(store, self.name)(*self.arguments)
         kernel.after_statement(self.name, self.arguments, answer)
@@ -146,7 +155,7 @@ class Process:
         self.hung_until = 0.0
         self.skew_s = kernel.rng.choice((0.0, 0.0, -3600.0, 3600.0))
         self.tasks: set[Task] = set()
-        self.sessions: list[object] = []
+        self.sessions: list[Session] = []
         kernel.processes.append(self)
         self.spawn("main", self.main())
 
@@ -281,7 +290,7 @@ class Kernel:
         self.later(linger_s, lambda: self._unlock(process.sessions))
         self.later(self.rng.random() * 2, functools.partial(process.rebirth, process.name))
 
-    def _unlock(self, sessions: list[object]) -> None:
+    def _unlock(self, sessions: list[Session]) -> None:
         for session in sessions:
             self.store.unlock(session)
 

@@ -5,10 +5,13 @@ bytes on the wire, which are not simulated); the second, rules that are easy to 
 """
 
 import math
+import uuid
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from db.jobs import Ended, Finished, NewJob
+from db.accept import NewJob
+from db.jobs import Ended, Finished
 from db.models import JobStatus
 from db.workers import Heartbeat
 from tasks import reconciler
@@ -94,9 +97,9 @@ class _Hasty:
         self._worker, self._lane = worker, worker.finishes
         self.num_pending = 0
 
-    async def submit(self, item: Finished) -> bool:
+    async def submit(self, item: Finished) -> Any:
         self._worker.announce(item.id, JobStatus.SUCCEEDED, None)  # type: ignore[attr-defined]
-        return bool(await self._lane.submit(item))
+        return await self._lane.submit(item)
 
 
 class AckBeforeStore(Reconciler):
@@ -232,14 +235,63 @@ class _Forgiving:
         return await self._lane.submit(Ended(**fields | {"is_counted": is_counted}))
 
 
+class SuspectsInCompany(SimStore):
+    """A job that may kill its worker is run beside others."""
+
+    def _is_suspect(self, row: JobRow) -> bool:
+        return False
+
+
+class GateLeftOpen(Worker):
+    """Whoever must be alone waits until the others are through, and new ones come in meanwhile."""
+
+    async def main(self) -> None:
+        self.gate._is_open = SimpleNamespace(is_set=lambda: True, set=lambda: None, clear=lambda: None)
+        await super().main()
+
+
+class FollowersRun(SimStore):
+    """Whoever follows is run as well."""
+
+    def _leads(self, row: JobRow) -> bool:
+        return True
+
+
+class FollowersForgotten(SimStore):
+    """A leader ends, and nobody tells its followers."""
+
+    def land(self, leader_ids: Sequence[uuid.UUID] | None = None) -> Any:
+        return []
+
+
+class NobodyTakesOver(SimStore):
+    """A leader is cancelled, and its followers wait for ever."""
+
+    def hand_over(self) -> Any:
+        return []
+
+
+class EndsWithItsLeader(SimStore):
+    """Who cancels a leader cancels its followers."""
+
+    def cancel(self, wanted: Sequence[tuple[uuid.UUID, str]]) -> Any:
+        answers = super().cancel(wanted)
+        for row in self._followers():
+            leader = self._leader(row)
+            if leader.status is JobStatus.CANCELLED:
+                self._land(row, leader)
+        return answers
+
+
 MUTANTS: dict[str, Parts] = {
     part.__name__: Parts(**{kind: part})  # type: ignore[arg-type]
     for kind, parts in {
         "store": (DropRow, SecondCompletion, Unfenced, NoAttemptsCap, ProcessClock, CancelNotFinal, FencedByAttemptAlone,
                   FencedByWorkerAlone, UnfencedEnd, EndAfterTheEnd, ClaimOfTheRunning, ClaimOfTheLate, ClaimByTheDead,
-                  RescueOfTheEnded, ExpiryOfTheEnded, LeasesNeverEnd, LocksBelievedAtOnce, ResultLost, RelaxedEnds),
+                  RescueOfTheEnded, ExpiryOfTheEnded, LeasesNeverEnd, LocksBelievedAtOnce, ResultLost, RelaxedEnds,
+                  SuspectsInCompany, FollowersForgotten, NobodyTakesOver, EndsWithItsLeader, FollowersRun),
         "gateway": (EnqueueBeforeCommit, AcceptBeforeCommit, RelaxedPromise),
-        "worker": (NewsBeforeStore, ReleaseUncounted),
+        "worker": (NewsBeforeStore, ReleaseUncounted, GateLeftOpen),
         "reconciler": (AckBeforeStore,),
     }.items()
     for part in parts

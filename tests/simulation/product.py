@@ -1,20 +1,21 @@
 """The product's own code, led over simulated surroundings: each function is a copy with other globals.
 
 What runs here is `tasks.reconciler.reconcile_once`, `tasks.inference.run` and `enqueue`, and the parts of
-`tasks.worker.Worker` that decide: line for line what production runs. Only names of the outside world are
+`tasks.worker.Worker` and `tasks.gate.Gate` that decide: line for line what production runs. Only names of the outside world are
 replaced: the ledger, the clock, asyncio's current task, logs and metrics.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 from backends.base import BackendDead, BackendError, InvalidCall
-from tasks import inference, reconciler, worker
+from tasks import gate, inference, reconciler, worker
 from tasks.call import VERSION
-from tests.simulation.kernel import Exit, Kernel, Sleep, Statement
+from tests.simulation.kernel import Exit, Kernel, Session, Sleep, Statement, Task, Until
 from tests.simulation.store import SimStore
 
 __all__ = ["VERSION", "Product", "Unanswered"]
@@ -47,7 +48,7 @@ class Answers:
 
 
 class Recorded:
-    """In place of the modules `db.jobs` and `db.workers`."""
+    """In place of the modules `db.jobs`, `db.flights` and `db.workers`."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         getattr(SimStore, name)  # a statement that the store lacks must fail loudly
@@ -100,6 +101,55 @@ async def compute(owner: Any, attempt: Any) -> bytes:
     return b"%d:%d:%d" % (job.id.int, owner.id, job.attempt)
 
 
+class Event:
+    """In place of `asyncio.Event`."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._is_set = False
+        self._waiting: dict[Task, bool] = {}
+        """Whether it was set since the task came to wait."""
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        for task in self._waiting:
+            self._waiting[task] = True
+            self._kernel.wake(task)
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    async def wait(self) -> None:
+        if self._is_set:
+            return
+        task = self._kernel.current
+        assert task is not None
+        self._waiting[task] = False
+        try:
+            await Until(lambda: self._waiting[task])
+        finally:
+            del self._waiting[task]
+
+
+class Lock:
+    """In place of `asyncio.Lock`."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._is_free = Event(kernel)
+        self._is_free.set()
+
+    async def __aenter__(self) -> None:
+        while not self._is_free.is_set():
+            await self._is_free.wait()
+        self._is_free.clear()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._is_free.set()
+
+
 class Product:
     """The copies for one schedule."""
 
@@ -112,7 +162,14 @@ class Product:
             celery=SimpleNamespace(message=lambda job_id, task, backend: job_id),
             responses=SimpleNamespace(usage_of=lambda call, outputs: {"prompt_tokens": 1, "completion_tokens": 1}),
         )  # fmt: skip
-        self.reconciler = _led_over(reconciler, jobs=Recorded(), workers=Recorded(), log=silent)
+        self.reconciler = _led_over(reconciler, jobs=Recorded(), flights=Recorded(), workers=Recorded(), log=silent)
+        events = SimpleNamespace(Event=lambda: Event(kernel), Lock=lambda: Lock(kernel))
+        globals_of_gate = {**vars(gate), "asyncio": events}
+        passages = {
+            name: contextlib.asynccontextmanager(_copy(vars(gate.Gate)[name].__wrapped__, globals_of_gate))
+            for name in ("together", "alone")
+        }
+        self.Gate = type("Gate", (), {"__init__": _copy(vars(gate.Gate)["__init__"], globals_of_gate), **passages})
         globals_of_worker = {**vars(worker), "log": silent, "time": clock, "inference": self.inference}
         self.worker = SimpleNamespace(
             **{
@@ -122,7 +179,7 @@ class Product:
             }
         )
 
-    async def reconcile(self, owner: Any, session: object, queues: reconciler.Queues, config: Any,
+    async def reconcile(self, owner: Any, session: Session, queues: reconciler.Queues, config: Any,
                         backends: list[str]) -> reconciler.Report:  # fmt: skip
         """One pass of the real `reconcile_once`, statement by statement."""
         answers = Answers()

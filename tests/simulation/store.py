@@ -1,6 +1,7 @@
-"""The ledger in memory: the statements of `db.jobs` and `db.workers`, with the same names, arguments and answers.
+"""The ledger in memory: the statements of `db.accept`, `db.jobs`, `db.flights` and `db.workers`, with the same names,
+arguments and answers.
 
-A `SimStore` is a drop-in for a cursor *and* for the two modules: `SimStore.claim(store, wanted)` reads like
+A `SimStore` is a drop-in for a cursor *and* for these modules: `SimStore.claim(store, wanted)` reads like
 `jobs.claim(cursor, wanted)`. `test_conformance.py` holds it to what Postgres answers; without that, nothing
 the simulation finds would mean anything. A statement is atomic and time stands still while it runs.
 
@@ -13,13 +14,14 @@ import datetime
 import math
 import uuid
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
 import orjson
 
-from db.jobs import Claimed, Depth, Ended, Finished, NewJob, Outcome, Owned
+from db.accept import Inserted, NewJob
+from db.jobs import Claimed, Depth, Ended, Finished, Outcome, Owned, Suspect
 from db.models import TERMINAL, JobStatus
 from db.workers import Heartbeat
 
@@ -27,6 +29,7 @@ LOCK_GRACE_S = 10.0
 """After a start of Postgres, a missing lock proves nothing for so long."""
 
 EXPIRED = {"code": "job_expired", "message": "the job's deadline passed before it finished"}
+DEATHS = frozenset({"worker_died", "backend_dead", "backend_stalled"})
 WORKER_DIED = {"code": "attempts_exhausted", "message": "every worker that ran this job died before it finished"}
 
 
@@ -48,6 +51,9 @@ class JobRow:
     started_at: float | None = None
     first_token_at: float | None = None
     finished_at: float | None = None
+    leader_id: uuid.UUID | None = None
+    flight_id: uuid.UUID | None = None
+    num_followers: int = 0
 
     @property
     def id(self) -> uuid.UUID:
@@ -62,6 +68,7 @@ class JobRow:
 class ResultRow:
     body: bytes
     sha256: bytes
+    events: bytes | None
 
 
 @dataclass(slots=True)
@@ -114,39 +121,39 @@ class SimStore:
 
     # Jobs, as in db.jobs.
 
-    def insert(self, jobs: Sequence[NewJob]) -> list[datetime.datetime]:
-        for job in jobs:
+    def insert(self, jobs: Sequence[NewJob]) -> list[Inserted]:
+        for job in sorted(jobs, key=lambda job: job.coalesce_key or b""):
             if job.id not in self.jobs:
                 self._add(job)
-        return [datetime.datetime.fromtimestamp(self.jobs[job.id].created_at, datetime.UTC) for job in jobs]
+        return [self._inserted(self.jobs[job.id]) for job in jobs]
 
-    def claim(self, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | None]:
-        worker_id = wanted[0][1]
-        claimed: dict[uuid.UUID, Claimed | None] = {}
-        if self._may_take(worker_id):
-            for job_id in dict.fromkeys(job_id for job_id, _ in wanted):
-                row = self.jobs.get(job_id)
-                if row is not None and self._is_claimable(row):
-                    self._change_job(row)
-                    row.status, row.worker_id = JobStatus.RUNNING, worker_id
-                    row.attempt += 1
-                    row.started_at, row.first_token_at = self.now, None
-                    job = row.job
-                    claimed[job_id] = Claimed(job_id, row.attempt, job.payload, job.is_stream, job.backend, job.task,
-                                              round(row.created_at), (self.now - row.created_at) * 1000,
-                                              bool(row.attempts))  # fmt: skip
+    def claim(self, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | Suspect | None]:
+        claimed = self._claim(wanted, takes_suspects=False)
+        missing = {job_id for job_id, _ in wanted} - claimed.keys()
+        suspects = {
+            job_id
+            for job_id in missing
+            if (row := self.jobs.get(job_id)) is not None
+            and row.status is JobStatus.QUEUED
+            and self._is_suspect(row)
+        }  # fmt: skip
+        return [Suspect.SUSPECT if job_id in suspects else claimed.pop(job_id, None) for job_id, _ in wanted]
+
+    def claim_alone(self, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | None]:
+        claimed = self._claim(wanted, takes_suspects=True)
         return [claimed.pop(job_id, None) for job_id, _ in wanted]
 
-    def finish(self, outcomes: Sequence[Finished]) -> list[bool]:
+    def finish(self, outcomes: Sequence[Finished]) -> list[int | None]:
         owned = [one for one in outcomes if (row := self.jobs.get(one.id)) is not None and self._may_finish(row, one)]
         done = [one for one in owned if self._store(self.jobs[one.id], one)]
         self._cache(done)
         mine = {one.id for one in done}
-        for one in outcomes:
-            row = self.jobs.get(one.id)
-            if row is not None and row.status is JobStatus.SUCCEEDED and self._is_owner(row, one):
-                mine.add(one.id)
-        return [one.id in mine for one in outcomes]
+        return [
+            row.num_followers
+            if (row := self.jobs.get(one.id)) is not None and (one.id in mine or self._is_stored(row, one))
+            else None
+            for one in outcomes
+        ]
 
     def end(self, endings: Sequence[Ended]) -> list[JobStatus | None]:
         states: dict[uuid.UUID, JobStatus] = {}
@@ -217,6 +224,7 @@ class SimStore:
             for row in self.jobs.values()
             if row.backend == backend
             and row.status is JobStatus.QUEUED
+            and self._leads(row)
             and row.enqueued_at < self.now - older_than_s
         ]  # fmt: skip
         late.sort(key=lambda row: row.created_at)
@@ -239,9 +247,39 @@ class SimStore:
     def depths(self) -> dict[str, Depth]:
         live: dict[str, list[JobRow]] = {}
         for row in self.jobs.values():
-            if row.status not in TERMINAL:
+            if row.status not in TERMINAL and self._leads(row):
                 live.setdefault(row.backend, []).append(row)
         return {backend: self._depth(rows) for backend, rows in live.items()}
+
+    # Flights, as in db.flights.
+
+    def land(self, leader_ids: Sequence[uuid.UUID] | None = None) -> list[tuple[uuid.UUID, str]]:
+        landed = []
+        for row in self._followers():
+            if leader_ids is None or row.leader_id in leader_ids:
+                leader = self._leader(row)
+                if leader.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
+                    self._land(row, leader)
+                    landed.append((row.id, str(row.status)))
+        return landed
+
+    def hand_over(self) -> list[tuple[uuid.UUID, str, str]]:
+        waiting: dict[uuid.UUID, list[JobRow]] = {}
+        for row in self._followers():
+            leader = self._leader(row)
+            if leader.status in (JobStatus.CANCELLED, JobStatus.EXPIRED):
+                waiting.setdefault(leader.id, []).append(row)
+        promoted = []
+        for rows in waiting.values():
+            oldest, *others = sorted(rows, key=lambda row: (row.created_at, row.id))
+            self._change_job(oldest)
+            oldest.leader_id, oldest.enqueued_at, oldest.num_followers = None, self.now, len(others)
+            oldest.attempts = [*oldest.attempts, {"attempt": 0, "outcome": "took_over"}]
+            for row in others:
+                self._change_job(row)
+                row.leader_id = oldest.id
+            promoted.append((oldest.id, oldest.backend, oldest.job.task))
+        return promoted
 
     # Workers, as in db.workers.
 
@@ -308,7 +346,15 @@ class SimStore:
     # The guards.
 
     def _is_claimable(self, row: JobRow) -> bool:
-        return row.status is JobStatus.QUEUED and (row.deadline_at is None or row.deadline_at > self.now)
+        is_late = row.deadline_at is not None and row.deadline_at <= self.now
+        return row.status is JobStatus.QUEUED and self._leads(row) and not is_late
+
+    def _leads(self, row: JobRow) -> bool:
+        """It has a run of its own."""
+        return row.leader_id is None
+
+    def _is_suspect(self, row: JobRow) -> bool:
+        return sum(attempt["outcome"] in DEATHS for attempt in row.attempts) >= 2
 
     def _may_take(self, worker_id: int) -> bool:
         return worker_id in self.workers and self.workers[worker_id].state != "dead"
@@ -318,6 +364,9 @@ class SimStore:
 
     def _may_finish(self, row: JobRow, one: Finished) -> bool:
         return row.status is JobStatus.RUNNING and self._is_owner(row, one)
+
+    def _is_stored(self, row: JobRow, one: Finished) -> bool:
+        return row.status is JobStatus.SUCCEEDED and self._is_owner(row, one)
 
     def _may_end(self, row: JobRow, one: Ended) -> bool:
         return row.status is JobStatus.RUNNING and self._is_owner(row, one)
@@ -345,9 +394,59 @@ class SimStore:
 
     def _add(self, job: NewJob) -> None:
         deadline = None if job.timeout_s is None else self.now + job.timeout_s
+        leader = self._live_with(job.coalesce_key)
+        if leader is not None:
+            self._change_job(leader)
+            leader.num_followers += 1
+            verdict = f"COALESCED; joined {leader.id}"
+            job = replace(job, backend=leader.backend, cache_verdict=verdict, coalesce_key=None)
         row = JobRow(job, self.now, self.now, deadline, timings=orjson.loads(job.timings))
+        if leader is not None:
+            row.leader_id, row.flight_id = leader.id, leader.flight_id or leader.id
         self._change_job(row)
         self.jobs[job.id] = row
+
+    def _live_with(self, key: bytes | None) -> JobRow | None:
+        if key is None:
+            return None
+        return next((row for row in self.jobs.values() if row.job.coalesce_key == key and self._is_live(row)), None)
+
+    def _inserted(self, row: JobRow) -> Inserted:
+        created_at = datetime.datetime.fromtimestamp(row.created_at, datetime.UTC)
+        return Inserted(row.id, created_at, row.backend, row.job.cache_verdict, row.leader_id, row.flight_id or row.id)
+
+    def _claim(self, wanted: Sequence[tuple[uuid.UUID, int]], *, takes_suspects: bool) -> dict[uuid.UUID, Claimed]:
+        worker_id = wanted[0][1]
+        claimed: dict[uuid.UUID, Claimed] = {}
+        if not self._may_take(worker_id):
+            return claimed
+        for job_id in dict.fromkeys(job_id for job_id, _ in wanted):
+            row = self.jobs.get(job_id)
+            if row is None or not self._is_claimable(row) or (not takes_suspects and self._is_suspect(row)):
+                continue
+            self._change_job(row)
+            row.status, row.worker_id = JobStatus.RUNNING, worker_id
+            row.attempt += 1
+            row.started_at, row.first_token_at = self.now, None
+            job = row.job
+            claimed[job_id] = Claimed(job_id, row.attempt, job.payload, job.is_stream, job.backend, job.task,
+                                      round(row.created_at), (self.now - row.created_at) * 1000, len(row.attempts),
+                                      row.flight_id or job_id)  # fmt: skip
+        return claimed
+
+    def _followers(self) -> list[JobRow]:
+        return [row for row in self._rows() if row.status is JobStatus.QUEUED and row.leader_id is not None]
+
+    def _leader(self, row: JobRow) -> JobRow:
+        assert row.leader_id is not None
+        return self.jobs[row.leader_id]
+
+    def _land(self, row: JobRow, leader: JobRow) -> None:
+        self._change_job(row)
+        row.status, row.finished_at, row.usage, row.error = leader.status, self.now, leader.usage, leader.error
+        row.attempt, row.worker_id, row.timings = leader.attempt, leader.worker_id, row.timings | leader.timings
+        row.started_at = max(leader.started_at or 0.0, row.created_at)
+        row.first_token_at = max(leader.first_token_at or 0.0, row.created_at)
 
     def _store(self, row: JobRow, one: Finished) -> bool:
         """False for the second of two results of one attempt in one batch."""
@@ -358,7 +457,7 @@ class SimStore:
         row.usage, row.timings = orjson.loads(one.usage), row.timings | orjson.loads(one.timings)
         started = row.started_at
         row.first_token_at = None if started is None or one.ttft_ms is None else started + one.ttft_ms / 1000
-        self.results[row.id] = ResultRow(one.body, one.sha256)
+        self.results[row.id] = ResultRow(one.body, one.sha256, one.events)
         return True
 
     def _cache(self, done: Sequence[Finished]) -> None:
@@ -379,9 +478,10 @@ class SimStore:
                 "outcome": outcome}  # fmt: skip
 
     def _outcome(self, row: JobRow) -> Outcome:
-        result = self.results.get(row.id)
-        return Outcome(row.status, None if result is None else result.body, row.error, row.usage, row.job.model,
-                       row.backend, row.attempt, _ms(row.created_at, row.started_at),
+        result = self.results.get(row.leader_id or row.id)
+        body, events = (None, None) if result is None else (result.body, result.events)
+        return Outcome(row.status, body, events, row.error, row.usage, row.job.model, row.backend,
+                       row.attempt, _ms(row.created_at, row.started_at),
                        _ms(row.started_at, row.finished_at), _ms(row.started_at, row.first_token_at))  # fmt: skip
 
     def _depth(self, rows: Sequence[JobRow]) -> Depth:

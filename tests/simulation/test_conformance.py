@@ -17,15 +17,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from db import jobs, session, workers
-from db.jobs import Ended, Finished, NewJob
+from db import accept, flights, jobs, session, workers
+from db.accept import NewJob
+from db.jobs import Ended, Finished, Suspect
 from db.session import Cursor
 from db.workers import Heartbeat
 from tests.simulation.store import SimStore
 
 TOLERANCE_S = 4.0
 LEASE_S, BEAT_S, PATIENCE_S, TIMEOUT_S, TTL_S = 35.0, 5.0, 15.0, 25.0, 45
-UNORDERED = {"rescue", "find_unsent", "expire", "bury"}
+UNORDERED = {"rescue", "find_unsent", "expire", "bury", "land", "hand_over"}
 """Of these, Postgres answers in any order."""
 TIMESTAMPS = {
     "jobs": "created_at enqueued_at started_at first_token_at finished_at deadline_at",
@@ -47,7 +48,7 @@ class Ledgers:
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Both ledgers' answer to one statement."""
-        module = workers if hasattr(workers, name) else jobs
+        module = next(module for module in (accept, jobs, flights, workers) if hasattr(module, name))
         theirs = getattr(module, name)(self.cursor, *arguments)
         self.store.now = time.time() + self._waited_s
         self.store.begin("tests")
@@ -72,12 +73,13 @@ class Ledgers:
         ours = {
             "jobs": {
                 row.id: [row.status, row.attempt, row.worker_id, undated(row.attempts), row.usage, row.error,
-                         row.timings, row.job.tenant, row.backend, row.job.payload,
+                         row.timings, row.job.tenant, row.backend, row.job.payload, row.job.cache_verdict,
+                         row.job.coalesce_key, row.leader_id, row.flight_id, row.num_followers,
                          *map(self._date, (row.created_at, row.enqueued_at, row.started_at, row.first_token_at,
                                            row.finished_at, row.deadline_at))]
                 for row in self.store.jobs.values()
             },
-            "job_results": {job_id: [row.body, row.sha256] for job_id, row in self.store.results.items()},
+            "job_results": {job_id: [row.body, row.sha256, row.events] for job_id, row in self.store.results.items()},
             "response_cache": {
                 key: [row.job_id, row.body, row.usage, self._date(row.created_at), self._date(row.expires_at)]
                 for key, row in self.store.cache.items()
@@ -90,8 +92,8 @@ class Ledgers:
         }  # fmt: skip
         theirs = {
             "jobs": self._read("id, status, attempt, worker_id, attempts, usage, error, timings, tenant, backend, payload,"
-                               "created_at, enqueued_at, started_at, first_token_at, finished_at, deadline_at", "jobs"),
-            "job_results": self._read("job_id, body, sha256", "job_results"),
+                               "cache_verdict, coalesce_key, leader_id, flight_id, num_followers, created_at, enqueued_at, started_at, first_token_at, finished_at, deadline_at", "jobs"),
+            "job_results": self._read("job_id, body, sha256, events", "job_results"),
             "response_cache": self._read("key, job_id, body, usage, created_at, expires_at", "response_cache"),
             "workers": self._read("id, name, backend, state, ready_at, heartbeat_at, lease_until", "workers"),
         }  # fmt: skip
@@ -111,8 +113,8 @@ class Ledgers:
 
 def undated(attempts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without the times, which stand in jsonb, where waiting does not move them."""
-    assert all(attempt["started_at"] <= attempt["ended_at"] for attempt in attempts)
-    return [{key: attempt[key] for key in ("attempt", "worker_id", "outcome")} for attempt in attempts]
+    assert all(attempt["started_at"] <= attempt["ended_at"] for attempt in attempts if "started_at" in attempt)
+    return [{key: attempt.get(key) for key in ("attempt", "worker_id", "outcome")} for attempt in attempts]
 
 
 def plain(value: Any, ahead_s: float = 0.0) -> Any:
@@ -220,9 +222,9 @@ def a_job_runs_and_ends_once(ledgers: Ledgers) -> None:
     ledgers.call("depths")
     ledgers.call("owned", [life, 77])
     ledgers.call("ended", [[JOBS[0], JOBS[1]], [JOBS[4]], []])
-    assert ledgers.call("finish", [result(0, life)]) == [True]
-    assert ledgers.call("finish", [result(0, life, body=b"again")]) == [True]
-    assert ledgers.call("finish", [result(0, life, 2), result(1, life), result(4, life)]) == [False] * 3
+    assert ledgers.call("finish", [result(0, life)]) == [0]
+    assert ledgers.call("finish", [result(0, life, body=b"again")]) == [0]
+    assert ledgers.call("finish", [result(0, life, 2), result(1, life), result(4, life)]) == [None] * 3
     ledgers.call("outcome", [JOBS[0], JOBS[1], JOBS[4]])
     ledgers.call("ended", [[JOBS[0], JOBS[1]], [JOBS[4]], []])
 
@@ -273,7 +275,7 @@ def the_dead_are_buried_and_their_jobs_rescued(ledgers: Ledgers) -> None:
     ledgers.drop_lock(healthy)
     ledgers.wait(10)
     assert ledgers.call("bury", BEAT_S) == [healthy]
-    assert ledgers.call("finish", [result(2, healthy)]) == [True], "dead, but not robbed yet"
+    assert ledgers.call("finish", [result(2, healthy)]) == [0], "dead, but not robbed yet"
 
 
 @scenario
@@ -297,7 +299,7 @@ def cancel_is_final(ledgers: Ledgers) -> None:
     wanted = [(JOBS[0], "t"), (JOBS[1], "t"), (JOBS[2], "t"), (JOBS[0], "other"), (JOBS[4], "t")]
     assert ledgers.call("cancel", wanted) == ["cancelled", "cancelled", "succeeded", None, None]
     assert ledgers.call("cancel", wanted) == ["cancelled", "cancelled", "succeeded", None, None]
-    assert ledgers.call("finish", [result(1, life)]) == [False]
+    assert ledgers.call("finish", [result(1, life)]) == [None]
     assert ledgers.call("end", [ending(1, life)]) == [None]
     assert ledgers.call("rescue", [life], 3) == []
 
@@ -312,7 +314,7 @@ def deadlines_pass(ledgers: Ledgers) -> None:
     assert ledgers.call("claim", [(JOBS[1], life)]) == [None]
     assert ledgers.call("expire") == JOBS[:2]
     assert ledgers.call("expire") == []
-    assert ledgers.call("finish", [result(0, life)]) == [False]
+    assert ledgers.call("finish", [result(0, life)]) == [None]
 
 
 @scenario
@@ -354,8 +356,70 @@ def two_endings_in_one_batch(ledgers: Ledgers) -> None:
     life = register(ledgers, "a")
     ledgers.call("insert", [new(0), new(1)])
     ledgers.call("claim", [(JOBS[0], life), (JOBS[1], life)])
-    assert ledgers.call("finish", [result(0, life), result(0, 77), result(1, life, 2)]) == [True, True, False]
+    assert ledgers.call("finish", [result(0, life), result(0, 77), result(1, life, 2)]) == [0, 0, None]
     assert ledgers.call("end", [ending(1, 77), ending(1, life), ending(0, life)]) == ["failed", "failed", None]
+
+
+@scenario
+def a_suspect_runs_alone(ledgers: Ledgers) -> None:
+    life = register(ledgers, "a")
+    ledgers.call("insert", [new(0, timeout_s=TIMEOUT_S), new(1)])
+    for attempt, code in enumerate(("backend_dead", "backend_error", "backend_stalled"), 1):
+        assert ledgers.call("claim", [(JOBS[0], life)])[0].run == attempt - 1
+        ledgers.call("end", [ending(0, life, attempt, code=code, is_retryable=True, max_attempts=5)])
+    both = [(JOBS[0], life), (JOBS[1], life), (JOBS[0], life)]
+    assert ledgers.call("claim", both)[::2] == [Suspect.SUSPECT] * 2
+    assert ledgers.call("claim", [(JOBS[0], 77)]) == [Suspect.SUSPECT]
+    assert ledgers.call("claim_alone", both)[1:] == [None, None]
+    assert ledgers.call("claim", both) == [None] * 3
+    ledgers.call("rescue", [life], 5)
+    ledgers.wait(30)
+    assert ledgers.call("claim", [(JOBS[0], life)]) == [Suspect.SUSPECT]
+    assert ledgers.call("claim_alone", [(JOBS[0], life)]) == [None], "too late"
+
+
+@scenario
+def followers_end_as_their_leader(ledgers: Ledgers) -> None:
+    life = register(ledgers, "a")
+    ledgers.call("insert", [new(0, coalesce_key=b"k"), new(1, coalesce_key=b"k"), new(2, coalesce_key=b"l")])
+    ledgers.wait(10)
+    ledgers.call("insert", [new(1, coalesce_key=b"l"), new(3, coalesce_key=b"l", backend="bert")])
+    ledgers.compare()
+    assert ledgers.call("claim", [(JOBS[1], life), (JOBS[0], life), (JOBS[2], life)])[0] is None
+    ledgers.call("depths")
+    assert ledgers.call("land") == []
+    assert ledgers.call("finish", [result(0, life)]) == [1]
+    assert ledgers.call("finish", [result(0, life)]) == [1]
+    ledgers.call("end", [ending(2, life)])
+    ledgers.call("insert", [new(4, coalesce_key=b"k")])
+    ledgers.call("outcome", JOBS)
+    assert ledgers.call("land", [JOBS[4]]) == []
+    assert ledgers.call("land", [JOBS[0]]) == [(JOBS[1], "succeeded")]
+    assert ledgers.call("land") == [(JOBS[3], "failed")]
+    assert ledgers.call("hand_over") == []
+    ledgers.call("outcome", JOBS)
+
+
+@scenario
+def the_oldest_follower_takes_over(ledgers: Ledgers) -> None:
+    life = register(ledgers, "a")
+    ledgers.call("insert", [new(2, coalesce_key=b"k", timeout_s=TIMEOUT_S)])
+    ledgers.call("claim", [(JOBS[2], life)])
+    for number in (1, 0, 3):
+        ledgers.call("insert", [new(number, coalesce_key=b"k")])
+    ledgers.call("cancel", [(JOBS[0], "t")])
+    assert ledgers.call("hand_over") == []
+    ledgers.wait(30)
+    assert ledgers.call("find_unsent", "echo", PATIENCE_S) == []
+    assert ledgers.call("expire") == [JOBS[2]]
+    assert ledgers.call("land") == []
+    assert ledgers.call("hand_over") == [(JOBS[1], "echo", "generate")]
+    assert ledgers.call("hand_over") == []
+    ledgers.call("insert", [new(4, coalesce_key=b"k")])
+    ledgers.compare()
+    assert ledgers.call("claim", [(JOBS[1], life)])[0].was_begun
+    assert ledgers.call("finish", [result(1, life)]) == [1]
+    assert ledgers.call("land", [JOBS[1]]) == [(JOBS[3], "succeeded")]
 
 
 @pytest.mark.parametrize("play", SCENARIOS, ids=lambda play: play.__name__)
@@ -367,7 +431,13 @@ def test_both_ledgers_agree_on(ledgers: Ledgers, play: Scenario) -> None:
 numbers = st.integers(0, len(JOBS) - 1)
 lives = st.integers(1, 3)
 attempts = st.integers(1, 3)
-codes = st.fixed_dictionaries({"is_retryable": st.booleans(), "is_counted": st.booleans()})
+codes = st.fixed_dictionaries(
+    {
+        "code": st.sampled_from(["backend_error", "backend_dead"]),
+        "is_retryable": st.booleans(),
+        "is_counted": st.booleans(),
+    }
+)
 
 
 def some(strategy: st.SearchStrategy[Any], key: Callable[[Any], Any]) -> st.SearchStrategy[list[Any]]:
@@ -376,10 +446,12 @@ def some(strategy: st.SearchStrategy[Any], key: Callable[[Any], Any]) -> st.Sear
 
 
 inserted = st.builds(
-    lambda number, timeout_s, cache_key, is_refresh: new(number, timeout_s=timeout_s, cache_key=cache_key,
+    lambda number, timeout_s, cache_key, is_refresh, coalesce_key: new(
+        number, timeout_s=timeout_s, cache_key=cache_key, coalesce_key=coalesce_key,
         cache_ttl_s=None if cache_key is None else TTL_S, is_cache_refresh=is_refresh,
         backend="bert" if number == 4 else "echo"),
     numbers, st.sampled_from([None, None, TIMEOUT_S, -5.0]), st.sampled_from([None, b"k" * 32]), st.booleans(),
+    st.sampled_from([None, b"a", b"b"]),
 )  # fmt: skip
 finishes = st.builds(lambda number, life, attempt: result(number, life, attempt, b"%d-%d" % (life, attempt)),
                      numbers, lives, attempts)  # fmt: skip
@@ -394,6 +466,9 @@ steps = st.one_of(
     *[st.tuples(st.just("claim"), claims)] * 3,
     *[st.tuples(st.just("finish"), some(finishes, lambda one: one.id))] * 2,
     *[st.tuples(st.just("end"), some(endings, lambda one: one.id))] * 2,
+    st.tuples(st.just("claim_alone"), claims),
+    st.tuples(st.just("land"), st.none() | st.lists(numbers.map(JOBS.__getitem__), max_size=2)),
+    st.tuples(st.just("hand_over")),
     st.tuples(st.just("cancel"), some(st.tuples(numbers.map(JOBS.__getitem__), st.sampled_from("tu")), lambda one: one)),
     st.tuples(st.just("expire")),
     st.tuples(st.just("rescue"), st.lists(lives, min_size=1, max_size=2), attempts),

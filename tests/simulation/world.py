@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import psycopg2
 
-from db.jobs import NewJob
+from db.accept import Inserted, NewJob
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from db.workers import Heartbeat
@@ -33,6 +33,7 @@ from tests.simulation.kernel import (
     Kernel,
     Operation,
     Process,
+    Session,
     Sleep,
     Statement,
     Task,
@@ -45,6 +46,7 @@ CONFIG = Settings.model_construct(
     heartbeat_s=1.0, lease_s=3.0, sweep_s=1.0, resend_after_s=2.0, drain_s=2.0, max_attempts=3
 )
 MAX_JOBS = 10
+SILENCE_S = reconciler._LONGEST_SILENCE * CONFIG.sweep_s
 SETTLE_S = 120.0
 """With faults off, everything ends within this."""
 KINDS = ("quick", "quick", "quick", "slow", "slow", "flaky", "flaky", "broken", "invalid", "poison")
@@ -54,7 +56,9 @@ class Lane:
     """One kind of statement of one process, repeated while Postgres is away. Cancelling who waits for an answer
     does not stop the statement."""
 
-    def __init__(self, process: Process, name: str, *, is_durable: bool = True, patience_s: float = 2.0) -> None:
+    def __init__(self, process: Process, name: str, *, is_durable: bool = True, patience_s: float = 2.0,
+                 read: Callable[[Any], Any] = lambda answers: answers[0]) -> None:  # fmt: skip
+        self._read = read
         self._process, self._name, self._is_durable, self._patience_s = process, name, is_durable, patience_s
         self.num_pending = 0
 
@@ -66,7 +70,7 @@ class Lane:
         try:
             while True:
                 try:
-                    return (await statement)[0]
+                    return self._read(await statement)
                 except psycopg2.OperationalError:
                     if kernel.now + pause > deadline:
                         kernel.count("lane_down")
@@ -282,8 +286,9 @@ class Gateway(Process):
 
     async def accept(self, job: NewJob, is_promised: bool) -> None:
         inserts = self._durable_inserts if is_promised else self._relaxed_inserts
-        await inserts.submit(job)
-        self.kernel.product.inference.enqueue(self.outbox, [(job.id, job.backend, job.task)])
+        inserted: Inserted = await inserts.submit(job)
+        if inserted.leader_id is None:
+            self.kernel.product.inference.enqueue(self.outbox, [(job.id, job.backend, job.task)])
 
     async def wait(self, job_id: uuid.UUID) -> None:
         while True:
@@ -314,7 +319,7 @@ class Reconciler(Process):
 
     async def main(self) -> None:
         self.outbox = Outbox(self)
-        self._session: object = None
+        self._session: Session | None = None
         self._is_leader = False
         while True:
             try:
@@ -325,9 +330,10 @@ class Reconciler(Process):
 
     async def _pass(self) -> None:
         world = self.kernel
-        if self._session not in self.sessions:
-            self._session, self._is_leader = object(), False
+        if self._session is None or self._session not in self.sessions:
+            self._session, self._is_leader = Session(world.now), False
             self.sessions[:] = [self._session]
+            self._time_out(self._session)
         if not self._is_leader:
             lock = "leader" if world.has_one_leader else f"leader {self.name}"
             self._is_leader = await Statement(self, "try_lock", lock, session=self._session)
@@ -341,20 +347,33 @@ class Reconciler(Process):
         if queues.is_wiped:
             self.outbox.send("SET", transport.EPOCH_KEY, "1")
 
+    def _time_out(self, session: Session) -> None:
+        """Postgres ends a session that has been silent for too long (idle_session_timeout)."""
+        if not self.is_alive or session not in self.sessions:
+            return
+        left_s = session.spoke_at + SILENCE_S - self.kernel.now
+        if left_s > 0:
+            self.kernel.later(left_s, lambda: self._time_out(session))
+            return
+        self.kernel.count("session_timed_out")
+        self.sessions.remove(session)
+        self.kernel.store.unlock(session)
+
     async def survey(self) -> reconciler.Queues:
         answer: reconciler.Queues = await Survey()
         return answer
 
 
 class Worker(Process):
-    """Mirrors the threads and tasks of `tasks.worker.Worker`; `end`, `stopped`, `announce`, `_compare`, `_stop` and
-    everything of `tasks.inference` are the real ones."""
+    """Mirrors the threads and tasks of `tasks.worker.Worker`; `end`, `stopped`, `announce`, `land`, `_compare`, `_stop`
+    and everything of `tasks.inference` and `tasks.gate` are the real ones."""
 
     kernel: "World"
-    running = RealWorker.running
 
     def __init__(self, kernel: "World", name: str) -> None:
         self._runs: dict[uuid.UUID, Any] = {}
+        self._has_suspect = False
+        self.gate = kernel.product.Gate()
         self._idle = SimpleNamespace(set=lambda: None, clear=lambda: None)
         self._config = CONFIG
         self._strays: set[tuple[uuid.UUID, int]] = set()
@@ -366,12 +385,12 @@ class Worker(Process):
         self.is_leaving = self.is_declared_dead = False
         self.backend_name = kernel.backend_of(name)
         real = kernel.product.worker
-        for method in ("end", "stopped", "announce", "_compare", "_stop"):
+        for method in ("end", "stopped", "announce", "land", "_compare", "_stop"):
             setattr(self, method, MethodType(getattr(real, method), self))
         super().__init__(kernel, name)
 
     async def main(self) -> None:
-        self._session = object()
+        self._session = Session()
         self.sessions.append(self._session)
         self.id: int = await Statement(self, "register", self.name, self.backend_name, 1, 4, {}, CONFIG.lease_s,
                                        session=self._session, is_durable=False)  # fmt: skip
@@ -379,14 +398,28 @@ class Worker(Process):
         self._pulse = self.spawn("pulse", self._beat_on())
         await Sleep(self.kernel.rng.random())
         self.claims = Lane(self, "claim", is_durable=False, patience_s=10.0)
+        self.claims_alone = Lane(self, "claim_alone", is_durable=False, patience_s=10.0)
         self.finishes: Any = Lane(self, "finish", patience_s=10.0)
         self._ends = Lane(self, "end", patience_s=10.0)
+        self._landings = Lane(self, "land", patience_s=10.0, read=_announced)
         self._owned = Lane(self, "owned")
         self._ended = self._ended_jobs
         self.outbox = Outbox(self, self._drain_ended)
         self.state = "ready"
         self.spawn("watch", self._watch())
         self.spawn("consumer", self._consume())
+
+    @contextlib.contextmanager
+    def running(self, attempt: Any) -> Iterator[None]:
+        is_suspect = self.kernel.audit.start(attempt.job.id, len(self._runs), self._has_suspect)
+        if is_suspect:
+            self.kernel.count("suspect_alone")
+        with RealWorker.running(self, attempt):  # type: ignore[arg-type]
+            self._has_suspect = is_suspect
+            try:
+                yield
+            finally:
+                self._has_suspect = False
 
     def hear(self, job_id: uuid.UUID) -> None:
         """A gateway says that this job was cancelled."""
@@ -421,7 +454,7 @@ class Worker(Process):
         for run in list(self._runs.values()):
             self._stop(run)  # type: ignore[attr-defined]
         deadline = self.kernel.now + patience_s
-        lanes = (self.claims, self.finishes, self._ends) if self.state != "loading" else ()
+        lanes = (self.claims, self.claims_alone, self.finishes, self._ends) if self.state != "loading" else ()
         while self.kernel.now < deadline:
             if all(run.done() for run in runs) and not any(lane.num_pending for lane in lanes):
                 break
@@ -472,7 +505,7 @@ class Worker(Process):
 
     async def _beat(self) -> None:
         if self._session not in self.sessions:
-            self._session = object()
+            self._session = Session()
             self.sessions[:] = [self._session]
             await Statement(self, "hold_lock", self.id, session=self._session, is_durable=False)
         beat = Heartbeat(worker_id=self.id, state=self.state, lease_s=CONFIG.lease_s, stats={})
@@ -480,6 +513,11 @@ class Worker(Process):
         self.is_declared_dead = not answers[0]
         if self.is_declared_dead and self.state == "loading":
             await Exit()
+
+
+def _announced(landed: Sequence[tuple[uuid.UUID, str]]) -> list[tuple[str, str]]:
+    """As `tasks.worker._land` answers."""
+    return [(str(job_id), status) for job_id, status in landed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -549,7 +587,7 @@ class World(Kernel):
             )
 
     def after_statement(self, name: str, arguments: tuple[Any, ...], answer: Any) -> None:
-        if name == "finish" and not all(answer):
+        if name == "finish" and None in answer:
             self.count("fenced_result")
         self.audit.after_statement(name, arguments, answer)
 
@@ -570,8 +608,6 @@ class World(Kernel):
         elif fault == "hang":
             process.hung_until = max(process.hung_until, self.now + rng.random() * 9)
         elif fault == "freeze":
-            if isinstance(process, Reconciler) and self.has_one_leader:
-                return  # whose lock nothing would free: a leader must be killed, not left hanging
             process.hung_until = math.inf
             process.rebirth(f"{process.name}.{len(self.processes)}")
         elif fault == "session_cut":
@@ -603,13 +639,15 @@ class World(Kernel):
     def _arrive(self) -> None:
         rng = self.rng
         self._num_jobs += 1
+        kind = rng.choice(KINDS).encode()
         job = NewJob(
             id=uuid.UUID(int=rng.getrandbits(32) << 8 | self._num_jobs),
             tenant=rng.choice("ab"), api_key_id=None, request_id="r", endpoint="/v1/completions", task="generate",
             requested_model="m", model="m", model_revision="1", backend=rng.choice(self.backends), is_stream=False,
-            payload=rng.choice(KINDS).encode(), metadata=None, decision="{}", cache_verdict="MISS", cache_key=None,
+            payload=kind, metadata=None, decision="{}", cache_verdict="MISS", cache_key=None,
             cache_ttl_s=None, is_cache_refresh=False, prompt_tokens=1, timings="{}",
             timeout_s=rng.choice((None, None, None, 2.0, 10.0)),
+            coalesce_key=kind if rng.random() < 0.5 else None,
         )  # fmt: skip
         client = Client(job, is_promised=rng.random() < 0.7)
         client.polls = [rng.random() * 8 for _ in range(rng.choice((0, 1, 2)))]

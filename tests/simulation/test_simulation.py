@@ -10,14 +10,16 @@ from tests.simulation.mutants import MUTANTS
 from tests.simulation.runner import Tally, play, play_all, trace
 
 ROOT = Path(__file__).parents[2]
+NUM_SCHEDULES = 6_000
+"""`make simulate` plays more."""
 
 
 def test_no_schedule_breaks_an_invariant() -> None:
     total = Tally()
-    for tally in play_all(0, 10_000, 200, num_processes=2):
+    for tally in play_all(0, NUM_SCHEDULES, 200, num_processes=2):
         total.add(tally)
         assert total.violation is None, f"see python -m tests.simulation --start {total.violation[0]} --seeds 1"
-    assert total.num_seeds == 10_000
+    assert total.num_seeds == NUM_SCHEDULES
     assert total.missing == [], "a fault that never came up was not tested"
 
 

@@ -22,7 +22,7 @@ import orjson
 
 from db.accept import Inserted, NewJob
 from db.jobs import Claimed, Depth, Ended, Finished, Outcome, Owned, Suspect
-from db.models import TERMINAL, JobStatus
+from db.models import RETRYABLE, TERMINAL, JobStatus
 from db.workers import Heartbeat
 
 LOCK_GRACE_S = 10.0
@@ -243,6 +243,40 @@ class SimStore:
             self._change_job(row)
             row.status, row.finished_at, row.error = JobStatus.EXPIRED, self.now, EXPIRED
         return [row.id for row in late]
+
+    def retry(self, wanted: Sequence[tuple[uuid.UUID, str | None]]) -> list[tuple[str, str] | None]:
+        answers: dict[uuid.UUID, tuple[str, str]] = {}
+        for row in self._rows():
+            is_wanted = (row.id, row.job.tenant) in wanted or (row.id, None) in wanted
+            if not is_wanted or row.status not in RETRYABLE:
+                continue
+            self._change_job(row)
+            row.status, row.attempt, row.worker_id, row.leader_id = JobStatus.QUEUED, 0, None, None
+            row.error = row.usage = row.finished_at = row.started_at = row.first_token_at = None
+            row.job, row.enqueued_at = replace(row.job, coalesce_key=None), self.now
+            row.deadline_at = None if row.deadline_at is None else self.now + row.deadline_at - row.created_at
+            row.attempts = [*row.attempts, {"attempt": 0, "outcome": "retried", "ended_at": self.now}]
+            answers[row.id] = (row.backend, row.job.task)
+        return [answers.get(job_id) for job_id, _ in wanted]
+
+    def reroute(self, job_id: uuid.UUID, start: str, end: str, decision: str) -> str | None:
+        row = self.jobs.get(job_id)
+        if row is None or row.backend != start or row.status is not JobStatus.QUEUED:
+            return None
+        for one in [row, *(follower for follower in self._followers() if follower.leader_id == row.id)]:
+            self._change_job(one)
+            one.job = replace(one.job, backend=end)
+        row.enqueued_at = self.now
+        return row.job.task
+
+    def stranded(self, backends: Sequence[str], limit: int = 200) -> list[tuple[uuid.UUID, str, bytes]]:
+        rows = [
+            row
+            for row in self.jobs.values()
+            if row.backend in backends and row.status is JobStatus.QUEUED and self._leads(row)
+        ]  # fmt: skip
+        rows.sort(key=lambda row: row.created_at)
+        return [(row.id, row.backend, row.job.payload) for row in rows[:limit]]
 
     def depths(self) -> dict[str, Depth]:
         live: dict[str, list[JobRow]] = {}

@@ -422,6 +422,38 @@ def the_oldest_follower_takes_over(ledgers: Ledgers) -> None:
     assert ledgers.call("land", [JOBS[1]]) == [(JOBS[3], "succeeded")]
 
 
+@scenario
+def what_failed_is_retried(ledgers: Ledgers) -> None:
+    life = register(ledgers, "a")
+    ledgers.call("insert", [new(0, coalesce_key=b"k", timeout_s=TIMEOUT_S), new(1, timeout_s=TIMEOUT_S), new(2)])
+    ledgers.call("insert", [new(3, coalesce_key=b"k"), new(4, coalesce_key=b"k")])
+    ledgers.call("claim", [(JOBS[0], life), (JOBS[2], life)])
+    ledgers.call("end", [ending(0, life)])
+    ledgers.call("land")
+    ledgers.call("finish", [result(2, life)])
+    ledgers.wait(30)
+    ledgers.call("expire")
+    moved = ("echo", "generate")
+    wanted = [(JOBS[0], "t"), (JOBS[1], None), (JOBS[2], "t"), (JOBS[3], "t"), (JOBS[4], "other")]
+    assert ledgers.call("retry", wanted) == [moved, moved, None, moved, None]
+    assert ledgers.call("retry", wanted) == [None] * 5
+    ledgers.compare()
+    ledgers.call("claim", [(JOBS[0], life), (JOBS[1], life), (JOBS[3], life)])
+
+
+@scenario
+def the_stranded_move(ledgers: Ledgers) -> None:
+    ledgers.call("insert", [new(0, coalesce_key=b"k"), new(1)])
+    ledgers.call("insert", [new(2, coalesce_key=b"k"), new(3, backend="bert")])
+    ledgers.wait(10)
+    ledgers.call("cancel", [(JOBS[1], "t")])
+    assert ledgers.call("stranded", ["echo"]) == [(JOBS[0], "echo", b"{}")]
+    assert ledgers.call("reroute", JOBS[0], "bert", "echo", "{}") is None
+    assert ledgers.call("reroute", JOBS[0], "echo", "bert", "{}") == "generate"
+    assert ledgers.call("reroute", JOBS[1], "echo", "bert", "{}") is None
+    ledgers.call("depths")
+
+
 @pytest.mark.parametrize("play", SCENARIOS, ids=lambda play: play.__name__)
 def test_both_ledgers_agree_on(ledgers: Ledgers, play: Scenario) -> None:
     play(ledgers)
@@ -469,6 +501,10 @@ steps = st.one_of(
     st.tuples(st.just("claim_alone"), claims),
     st.tuples(st.just("land"), st.none() | st.lists(numbers.map(JOBS.__getitem__), max_size=2)),
     st.tuples(st.just("hand_over")),
+    st.tuples(st.just("retry"), some(st.tuples(numbers.map(JOBS.__getitem__), st.sampled_from(["t", "u", None])),
+                                     lambda pair: pair[0])),
+    st.tuples(st.just("stranded"), st.just(["echo"])),
+    st.tuples(st.just("reroute"), numbers.map(JOBS.__getitem__), st.just("echo"), st.just("bert"), st.just("{}")),
     st.tuples(st.just("cancel"), some(st.tuples(numbers.map(JOBS.__getitem__), st.sampled_from("tu")), lambda one: one)),
     st.tuples(st.just("expire")),
     st.tuples(st.just("rescue"), st.lists(lives, min_size=1, max_size=2), attempts),

@@ -10,8 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from db.jobs import Ended, Finished, Outcome
-from db.models import TERMINAL, TRANSITIONS, JobStatus
+from db.jobs import Claimed, Ended, Finished, Outcome
+from db.models import RETRYABLE, TERMINAL, TRANSITIONS, JobStatus
 from tests.simulation.kernel import Violation
 from tests.simulation.store import DEATHS, LOCK_GRACE_S, JobRow, SimStore
 
@@ -43,6 +43,8 @@ class Audit:
         """Jobs that a crash of Postgres took back before anything was promised."""
         self.promised: set[uuid.UUID] = set()
         self.cancelled: set[uuid.UUID] = set()
+        self.retried: set[uuid.UUID] = set()
+        """News of their first end may be late."""
         self.observed: dict[uuid.UUID, tuple[JobStatus, bytes | None]] = {}
         self.lives: dict[int, Life] = {}
         """Who is alive by what it was answered, and by the true clock."""
@@ -70,7 +72,12 @@ class Audit:
         """The news of a job's end went out: never ahead of the ledger."""
         record = self.records.get(job_id)
         self._hold(
-            "news", record is not None and record.status == status, "{} is said to be {}: {}", job_id, status, record
+            "news",
+            record is not None and (record.status == status or job_id in self.retried),
+            "{} is said to be {}: {}",
+            job_id,
+            status,
+            record,
         )
 
     def send(self, job_id: uuid.UUID) -> None:
@@ -95,11 +102,12 @@ class Audit:
             if life.state != "dead"
         }
 
-    def start(self, job_id: uuid.UUID, num_others: int, has_suspect: bool) -> bool:
+    def start(self, job: Claimed, num_others: int, has_suspect: bool) -> bool:
         """A worker begins to run the job, beside so many others. True for one that must run alone."""
-        row = self._store.jobs.get(job_id)
-        is_suspect = row is not None and _num_deaths(row) >= 2
-        self._hold("alone", not has_suspect and not (is_suspect and num_others), "{} has company", job_id)
+        row = self._store.jobs.get(job.id)
+        # The ledger may have gone on since the claim, whose answer was late.
+        is_suspect = row is not None and _num_deaths(row.attempts[: job.run]) >= 2
+        self._hold("alone", not has_suspect and not (is_suspect and num_others), "{} has company", job.id)
         return is_suspect
 
     def finish(self, is_quiet: bool) -> None:
@@ -144,6 +152,11 @@ class Audit:
         if record is None:
             self._hold("I1", name == "insert" and now.status is JobStatus.QUEUED, "{} made {}", name, row)
             self.transitions["new->queued"] += 1
+        elif name == "retry":
+            self._hold("I2", record.status in RETRYABLE, "{} was retried", record)
+            self.retried.add(job_id)
+            self.observed.pop(job_id, None)
+            self.transitions[f"{record.status}->{now.status}"] += 1
         elif record.status in TERMINAL:
             self._hold("I2", now == record, "{} changed a job that had ended: {} -> {}", name, record, now)
         elif name in _UNMOVING:
@@ -158,7 +171,7 @@ class Audit:
     def _move(self, name: str, arguments: tuple[Any, ...], row: JobRow, before: Record, now: Record) -> None:
         match name:
             case "claim" | "claim_alone":
-                self._hold("alone", name == "claim_alone" or _num_deaths(row) < 2, "{} is a suspect", row.id)
+                self._hold("alone", name == "claim_alone" or _num_deaths(row.attempts) < 2, "{} is a suspect", row.id)
                 self._hold("flight", row.leader_id is None, "{} follows and was taken", row.id)
                 self._hold("I6", now.attempt == before.attempt + 1 <= self._max_attempts, "{} -> {}", before, now)
                 self._hold("I5", now.worker_id in self.lives, "worker {} is dead and took {}", now.worker_id, row.id)
@@ -226,8 +239,8 @@ class Audit:
             raise Violation(invariant, text.format(*seen))
 
 
-def _num_deaths(row: JobRow) -> int:
-    return sum(attempt["outcome"] in DEATHS for attempt in row.attempts)
+def _num_deaths(attempts: Sequence[dict[str, Any]]) -> int:
+    return sum(attempt["outcome"] in DEATHS for attempt in attempts)
 
 
 _UNMOVING = frozenset({"insert", "find_unsent", "hand_over"})

@@ -19,7 +19,7 @@ FAULTS = frozenset({
 })  # fmt: skip
 TRANSITIONS = frozenset({
     "new->queued", "queued->running", "queued->cancelled", "queued->expired", "running->queued", "running->succeeded",
-    "running->failed", "running->cancelled", "running->expired", "queued->succeeded", "queued->failed",
+    "running->failed", "running->cancelled", "running->expired", "queued->succeeded", "queued->failed", "failed->queued", "expired->queued",
 })  # fmt: skip
 INVARIANTS = frozenset({"I1", "I2", "I5", "I6", "I17", "I18", "I19", "I20", "news", "message", "alone", "flight"})
 _CHUNK = 100

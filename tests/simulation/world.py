@@ -253,6 +253,7 @@ class Client:
     """Whether the answer to the submission says "accepted" (202, or a stream); others wait for the result."""
     polls: list[float] = field(default_factory=list)
     cancels_after: float | None = None
+    retries: list[float] = field(default_factory=list)
 
 
 class Gateway(Process):
@@ -267,6 +268,7 @@ class Gateway(Process):
         self._outcomes = Lane(self, "outcome")
         self._ended = Lane(self, "ended")
         self._cancels = Lane(self, "cancel")
+        self._requeues = Lane(self, "retry")
         self.is_serving = True
 
     is_serving = False
@@ -310,6 +312,12 @@ class Gateway(Process):
                 self.outbox.send("PUBLISH", transport.DONE_CHANNEL, orjson.dumps([[str(job_id), status]]))
                 await Sleep(0.0)
                 self.kernel.audit.cancel(job_id)
+
+    async def retry(self, job_id: uuid.UUID, tenant: str) -> None:
+        with contextlib.suppress(LaneDown):
+            found = await self._requeues.submit((job_id, tenant))
+            if found is not None:
+                self.kernel.product.inference.enqueue(self.outbox, [(job_id, *found)])
 
 
 class Reconciler(Process):
@@ -411,7 +419,7 @@ class Worker(Process):
 
     @contextlib.contextmanager
     def running(self, attempt: Any) -> Iterator[None]:
-        is_suspect = self.kernel.audit.start(attempt.job.id, len(self._runs), self._has_suspect)
+        is_suspect = self.kernel.audit.start(attempt.job, len(self._runs), self._has_suspect)
         if is_suspect:
             self.kernel.count("suspect_alone")
         with RealWorker.running(self, attempt):  # type: ignore[arg-type]
@@ -586,6 +594,9 @@ class World(Kernel):
                 lambda: self._ask(lambda gateway: gateway.cancel(client.job.id, client.job.tenant)),
             )
 
+        for after in client.retries:
+            self.later(after, lambda: self._ask(lambda gateway: gateway.retry(client.job.id, client.job.tenant)))
+
     def after_statement(self, name: str, arguments: tuple[Any, ...], answer: Any) -> None:
         if name == "finish" and None in answer:
             self.count("fenced_result")
@@ -653,6 +664,7 @@ class World(Kernel):
         client.polls = [rng.random() * 8 for _ in range(rng.choice((0, 1, 2)))]
         if rng.random() < 0.25:
             client.cancels_after = rng.random() * rng.choice((1, 6))
+        client.retries = [rng.random() * 12 for _ in range(rng.choice((0, 0, 1, 3)))]
         self._ask(lambda gateway: gateway.submit(client))
 
     def _ask(self, request: Callable[[Gateway], Any]) -> None:

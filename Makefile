@@ -9,7 +9,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev models up down status logs test faults faults-long mutants check format bench clean
+.PHONY: help install install-dev models up down status logs test faults faults-long mutants simulate check format bench clean
 
 help: ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ faults-long: install-dev ## As faults, with every row and many repetitions (abou
 
 mutants: install-dev ## Seed faults into the code and the history: the checker must catch each
 	$(RUN) -m pytest -m faults tests/faults
+
+simulate: install-dev ## Play schedules of crashes and losses through the core; ARGS, e.g. "--seeds 100000"
+	@$(RUN) -m tests.simulation $(ARGS)
 
 check: install-dev ## Check format, lint, types and the direction of imports
 	$(RUN) -m ruff format --check .

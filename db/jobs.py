@@ -271,7 +271,8 @@ def outcome(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[Outcome | None]:
                extract(epoch FROM started_at - created_at)::float8 * 1000,
                extract(epoch FROM finished_at - started_at)::float8 * 1000,
                extract(epoch FROM first_token_at - started_at)::float8 * 1000
-        FROM jobs j LEFT JOIN job_results r ON r.job_id = coalesce(leader_id, j.id) WHERE j.id = ANY(%s)
+        FROM jobs j LEFT JOIN job_results r ON r.job_id = coalesce(leader_id, j.id) AND status = 'succeeded'
+        WHERE j.id = ANY(%s)
         """,
         (list(ids),),
     )
@@ -526,7 +527,7 @@ def retry(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str | None]]) -> lis
         """
         UPDATE jobs j SET status = 'queued', attempt = 0, error = NULL, usage = NULL, finished_at = NULL,
             started_at = NULL, first_token_at = NULL, worker_id = NULL, enqueued_at = clock_timestamp(),
-            leader_id = NULL, coalesce_key = NULL,
+            leader_id = NULL, flight_id = NULL, coalesce_key = NULL,
             deadline_at = clock_timestamp() + (deadline_at - created_at),
             attempts = attempts || jsonb_build_object('attempt', 0, 'outcome', 'retried',
                 'ended_at', extract(epoch FROM clock_timestamp()))

@@ -83,8 +83,10 @@ async def run(worker: "Worker", job_id: uuid.UUID, version: int) -> None:
 
 
 async def _claim(worker: "Worker", claims: "Lane[tuple[uuid.UUID, int], Answer]", job_id: uuid.UUID) -> "Answer | None":
-    if worker.is_leaving:
-        return None  # the job stays queued; its message is sent again
+    # Beside a run of its own that the ledger has given up, a claim by the same worker would pass for it at the
+    # fence. In both cases the job stays queued, and its message is sent again.
+    if worker.is_leaving or worker.is_running(job_id):
+        return None
     try:
         claimed = await claims.submit((job_id, worker.id))
     except LaneDown:

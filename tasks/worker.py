@@ -93,6 +93,10 @@ class Worker:
         self._pulse.beat_now()
         log.info("worker.ready", load_s=round(time.monotonic() - started, 1))
 
+    def is_running(self, job_id: uuid.UUID) -> bool:
+        """Whether a run of this job is still going on here, be it one that the ledger has given up already."""
+        return job_id in self._runs
+
     @contextlib.contextmanager
     def running(self, attempt: Run) -> Iterator[None]:
         """Hold an attempt in the table of what runs here."""

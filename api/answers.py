@@ -15,7 +15,7 @@ from api.recent_hits import RequestKey
 from api.wishes import Wish
 from db.api_keys import ApiKey
 from db.cache import Hit
-from db.jobs import Outcome
+from db.job_views import Outcome
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from db.request_log import Entry

@@ -20,9 +20,9 @@ import catalog
 import settings
 from api import views
 from catalog import Catalog, CatalogError
-from db import api_keys, cache, jobs, session, workers
+from db import api_keys, cache, job_views, jobs, session, workers
 from db.cache import Purge
-from db.jobs import DeadLetters, Filter
+from db.job_views import DeadLetters, Filter
 from db.models import JobStatus
 from db.session import Cursor
 from local import servers, stack
@@ -184,7 +184,7 @@ def list_jobs(
 ) -> None:
     """List jobs, newest first."""
     with _cursor() as cursor:
-        found = jobs.find(cursor, [Filter(tenant=tenant, status=status, model=model, limit=limit)])[0][:limit]
+        found = job_views.find(cursor, [Filter(tenant=tenant, status=status, model=model, limit=limit)])[0][:limit]
     rows = [views.job(view) for view in found]
     if not as_json:
         shown = ("id", "status", "endpoint", "model", "backend", "attempt")
@@ -248,7 +248,7 @@ def retry_jobs(
         _fail("name the jobs, or say --failed")
     with _cursor() as cursor:
         wanted = DeadLetters(tenant=tenant, model=model, code=code, limit=limit)
-        ids = job_ids or jobs.dead_letters(cursor, [wanted])[0]
+        ids = job_ids or job_views.dead_letters(cursor, [wanted])[0]
         retried = [found for found in jobs.retry(cursor, [(job_id, None) for job_id in ids]) if found is not None]
     console.print(f"queued {len(retried)} of {len(ids)} again")
 
@@ -291,9 +291,9 @@ def _catalog() -> Catalog:
     return catalog.load(config.config, config.models_dir)
 
 
-def _job(job_id: uuid.UUID) -> jobs.View:
+def _job(job_id: uuid.UUID) -> job_views.View:
     with _cursor() as cursor:
-        found = jobs.view(cursor, [(job_id, None)])[0]
+        found = job_views.view(cursor, [(job_id, None)])[0]
     return found if found is not None else _fail(f"no job {job_id}")
 
 

@@ -22,11 +22,11 @@ from api.prompts import Prompts
 from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
 from catalog import ModelSpec
-from db import accept, cache, jobs, request_log, workers
+from db import accept, cache, job_views, jobs, request_log, workers
 from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
 from db.cache import Hit
-from db.jobs import DeadLetters, Depth, Outcome
+from db.job_views import DeadLetters, Depth, Outcome
 from db.lanes import Lane, LaneDown
 from db.models import TERMINAL, JobStatus
 from db.session import Cursor
@@ -86,18 +86,18 @@ class Gateway:
         self._keyed_inserts = Lane(url, accept.insert_once)
         self._keys = Lane(url, accept.find_key)
         self._retries = Lane(url, accept.find_live)
-        self.outcomes = Lane(url, jobs.outcome)
-        self.views = Lane(url, jobs.view)
-        self.payloads = Lane(url, jobs.payload)
-        self.pages = Lane(url, jobs.find, silence_s=_LONG_S)
+        self.outcomes = Lane(url, job_views.outcome)
+        self.views = Lane(url, job_views.view)
+        self.payloads = Lane(url, job_views.payload)
+        self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
         self.cancels = Lane(url, jobs.cancel)
-        self._dead_letters = Lane(url, jobs.dead_letters, silence_s=_LONG_S)
+        self._dead_letters = Lane(url, job_views.dead_letters, silence_s=_LONG_S)
         self._requeues = Lane(url, jobs.retry)
         self.purges = Lane(url, cache.purge, silence_s=_LONG_S)
         self.cache_stats = Lane(url, cache.stats, silence_s=_LONG_S)
         self.log_entries = Lane(url, request_log.append, is_durable=False, linger_s=0.1, max_batch=5000)
         self._surveys = Lane(url, self._described)
-        self._ended = Lane(url, jobs.ended)
+        self._ended = Lane(url, job_views.ended)
         self._redis = transport.connect(config.redis_url)
         self._outbox = transport.Outbox(self._redis)
         self.subscriber = Subscriber(config.redis_url)
@@ -431,8 +431,8 @@ class Gateway:
             await asyncio.sleep(period_s)
 
     def _described(self, cursor: Cursor, items: Sequence[None]) -> "list[_Described]":
-        quarantined = jobs.quarantined(cursor, self.config.quarantine_s)
-        return [_Described(workers.alive(cursor), jobs.depths(cursor), quarantined)] * len(items)
+        quarantined = job_views.quarantined(cursor, self.config.quarantine_s)
+        return [_Described(workers.alive(cursor), job_views.depths(cursor), quarantined)] * len(items)
 
     async def _survey(self) -> None:
         found = await self._surveys.submit(None)

@@ -11,7 +11,7 @@ from api import answers, decoding, errors, schemas, views, wishes
 from api.gateway import Gateway
 from api.wishes import Wish
 from db.api_keys import ApiKey
-from db.jobs import DeadLetters, Filter, View
+from db.job_views import DeadLetters, Filter, View
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from tasks.call import Call

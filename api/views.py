@@ -3,7 +3,7 @@
 import datetime
 from typing import Any
 
-from db.jobs import View
+from db.job_views import View
 from db.models import TERMINAL
 
 JSON = dict[str, Any]

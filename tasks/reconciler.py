@@ -20,7 +20,7 @@ import structlog
 
 import catalog
 import settings
-from db import accept, cache, flights, jobs, request_log, session, workers
+from db import accept, cache, flights, job_views, recovery, request_log, session, workers
 from db.session import Cursor
 from tasks import inference, logs, metrics, router, server_settings, transport
 from tasks.call import Call
@@ -70,14 +70,14 @@ def reconcile_once(cursor: Cursor, queues: Queues, config: settings.Settings, ba
     report = Report()
     dead = workers.bury(cursor, config.heartbeat_s)
     if dead:
-        for job_id, backend, task, status in jobs.rescue(cursor, dead, config.max_attempts):
+        for job_id, backend, task, status in recovery.rescue(cursor, dead, config.max_attempts):
             if status == "queued":
                 report.rescued += 1
                 report.messages.append((job_id, backend, task))
             else:
                 report.exhausted += 1
                 report.ended.append((str(job_id), status))
-    for job_id in jobs.expire(cursor):
+    for job_id in recovery.expire(cursor):
         report.expired += 1
         report.ended.append((str(job_id), "expired"))
     followers = flights.land(cursor)
@@ -96,7 +96,7 @@ def _resend(cursor: Cursor, lengths: dict[str, int], is_wiped: bool, config: set
     """Send again what is queued without a message. A queue at least as long as its backlog has lost
     nothing yet, and doubling it would help nobody; after twelve times as long all are sent again anyway
     (a repeated message costs one refused claim)."""
-    depths = jobs.depths(cursor)
+    depths = job_views.depths(cursor)
     for backend in backends:
         depth = depths.get(backend)
         if depth is None or not depth.num_queued:
@@ -107,7 +107,7 @@ def _resend(cursor: Cursor, lengths: dict[str, int], is_wiped: bool, config: set
         elif lengths.get(backend, 0) >= depth.num_queued:
             patience *= 12
         if depth.oldest_queued_s >= patience:
-            unsent = jobs.find_unsent(cursor, backend, patience)
+            unsent = recovery.find_unsent(cursor, backend, patience)
             report.resent += len(unsent)
             report.messages += unsent
 
@@ -115,15 +115,15 @@ def _resend(cursor: Cursor, lengths: dict[str, int], is_wiped: bool, config: set
 def reroute(cursor: Cursor, served: catalog.Catalog, report: Report) -> None:
     """Send queued jobs of backends whose workers are all away to other backends of the same model. Tokens,
     and with them a stream's events so far, mean the same there."""
-    lives, depths = workers.alive(cursor), jobs.depths(cursor)
+    lives, depths = workers.alive(cursor), job_views.depths(cursor)
     loads = {
-        name: Load.of((life for life in lives if life.backend == name), depths.get(name, jobs.Depth(0, 0, 0, 0.0)))
+        name: Load.of((life for life in lives if life.backend == name), depths.get(name, job_views.Depth(0, 0, 0, 0.0)))
         for name in served.backends
     }
     away = [name for name, load in loads.items() if not load.is_ready and load.depth.num_queued]
     if not away or len(away) == len(loads):
         return
-    for job_id, backend, payload in jobs.stranded(cursor, away):
+    for job_id, backend, payload in recovery.stranded(cursor, away):
         try:
             call = Call.decode(payload)
         except ValueError:
@@ -132,7 +132,7 @@ def reroute(cursor: Cursor, served: catalog.Catalog, report: Report) -> None:
         if decision.chosen is None or decision.chosen.model != call.model:
             continue
         moved = replace(decision, reason=f"moved: no worker of {backend} was up")
-        task = jobs.reroute(cursor, job_id, backend, decision.chosen.backend, orjson.dumps(moved).decode())
+        task = recovery.reroute(cursor, job_id, backend, decision.chosen.backend, orjson.dumps(moved).decode())
         if task is not None:
             report.rerouted += 1
             report.messages.append((job_id, decision.chosen.backend, task))
@@ -141,7 +141,7 @@ def reroute(cursor: Cursor, served: catalog.Catalog, report: Report) -> None:
 def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheEntry, report: Report) -> None:
     """Evict from the cache, and delete what is past its time."""
     report.evicted = cache.evict(cursor, limits.max_bytes)
-    report.purged = jobs.purge(cursor, config.result_ttl_s)
+    report.purged = recovery.purge(cursor, config.result_ttl_s)
     request_log.purge(cursor, config.result_ttl_s * 30)
     workers.forget(cursor, config.result_ttl_s)
     accept.forget_keys(cursor)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from backends.base import Capabilities
 from backends.registry import backend_class
 from catalog import BackendSpec, Catalog, ModelSpec
-from db.jobs import Depth
+from db.job_views import Depth
 from db.workers import Life
 from tasks.call import Call
 

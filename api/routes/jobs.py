@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from api import auth, job_answers, schemas
 from db.api_keys import ApiKey
-from db.jobs import DeadLetters, Filter
+from db.job_views import DeadLetters, Filter
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import psycopg2
 import pytest
 
-from db import accept, flights, jobs, session
+from db import accept, flights, job_views, jobs, recovery, session
 from db.accept import Idempotency, NewJob, Reserved, Retry
 from db.jobs import Claimed
 from db.session import Cursor
@@ -77,8 +77,8 @@ def test_racing_inserts_make_one_leader(database_url: str, cursor: Cursor) -> No
 
 def test_followers_are_neither_claimed_nor_sent_nor_counted(cursor: Cursor) -> None:
     leader, follower = flight(cursor, 2)
-    assert jobs.find_unsent(cursor, "echo", -1) == [(leader.id, "echo", "generate")]
-    assert jobs.depths(cursor)["echo"].num_queued == 1
+    assert recovery.find_unsent(cursor, "echo", -1) == [(leader.id, "echo", "generate")]
+    assert job_views.depths(cursor)["echo"].num_queued == 1
     claimed, refused = jobs.claim(cursor, [(leader.id, life := worker(cursor)), (follower.id, life)])
     assert isinstance(claimed, Claimed)
     assert refused is None
@@ -93,7 +93,7 @@ def test_a_result_lands_on_every_follower_once(cursor: Cursor) -> None:
     landed = flights.land(cursor, [leader.id])
     assert {job_id for job_id, _ in landed} == {job.id for job in followers}
     assert flights.land(cursor) == []
-    outcomes = jobs.outcome(cursor, [job.id for job in followers])
+    outcomes = job_views.outcome(cursor, [job.id for job in followers])
     assert {(one.status, one.body) for one in outcomes if one is not None} == {("succeeded", b"body")}
     cursor.execute("SELECT count(*) FROM job_results")
     assert cursor.fetchall() == [(1,)]
@@ -244,14 +244,14 @@ def test_what_killed_its_workers_is_quarantined(cursor: Cursor) -> None:
     for _ in range(3):
         life = worker(cursor)
         jobs.claim_alone(cursor, [(poison.id, life)])
-        jobs.rescue(cursor, [life], 3)
+        recovery.rescue(cursor, [life], 3)
     jobs.claim(cursor, [(unlucky.id, life := worker(cursor))])
     jobs.end(cursor, [ending(unlucky, life, is_retryable=True, max_attempts=1)])
     assert state(cursor, unlucky).error["code"] == "attempts_exhausted"  # type: ignore[index]
-    assert jobs.quarantined(cursor, 600) == {b"poison"}
-    assert jobs.quarantined(cursor, 0) == frozenset()
+    assert job_views.quarantined(cursor, 600) == {b"poison"}
+    assert job_views.quarantined(cursor, 0) == frozenset()
     jobs.retry(cursor, [(poison.id, "t")])
-    assert jobs.quarantined(cursor, 600) == frozenset()
+    assert job_views.quarantined(cursor, 600) == frozenset()
 
 
 def test_what_was_there_at_two_deaths_is_claimed_alone(cursor: Cursor) -> None:
@@ -260,7 +260,7 @@ def test_what_was_there_at_two_deaths_is_claimed_alone(cursor: Cursor) -> None:
     for _ in range(2):
         life = worker(cursor)
         assert isinstance(jobs.claim(cursor, [(job.id, life)])[0], Claimed)
-        jobs.rescue(cursor, [life], 3)
+        recovery.rescue(cursor, [life], 3)
     life = worker(cursor)
     answers = jobs.claim(cursor, [(job.id, life), (other.id, life)])
     assert answers[0] is jobs.Suspect.SUSPECT

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from db import accept, jobs, session, workers
+from db import accept, job_views, jobs, recovery, session, workers
 from db.accept import NewJob
-from db.jobs import Claimed, Ended, Filter, Finished
+from db.job_views import Filter
+from db.jobs import Claimed, Ended, Finished
 from db.models import TERMINAL, TRANSITIONS, JobStatus
 from db.session import Cursor
 
@@ -64,8 +65,8 @@ def ending(job: NewJob, worker_id: int, attempt: int = 1, **fields: Any) -> Ende
     return Ended(id=job.id, attempt=attempt, worker_id=worker_id, **{"code": "backend_error", "message": "x"} | fields)
 
 
-def state(cursor: Cursor, job: NewJob) -> jobs.View:
-    found = jobs.view(cursor, [(job.id, None)])[0]
+def state(cursor: Cursor, job: NewJob) -> job_views.View:
+    found = job_views.view(cursor, [(job.id, None)])[0]
     assert found is not None
     return found
 
@@ -115,7 +116,7 @@ def test_finish_stores_state_result_and_cache_entry_together(cursor: Cursor) -> 
     life = worker(cursor)
     job = claimed(cursor, life, cache_key=b"k" * 32, cache_ttl_s=60)
     assert jobs.finish(cursor, [result(job, life)]) == [0]
-    outcome = jobs.outcome(cursor, [job.id])[0]
+    outcome = job_views.outcome(cursor, [job.id])[0]
     assert outcome is not None
     assert (outcome.status, outcome.body, outcome.usage) == (JobStatus.SUCCEEDED, b"body", {"prompt_tokens": 3})
     cursor.execute("SELECT body, job_id FROM response_cache")
@@ -127,20 +128,20 @@ def test_a_repeated_finish_is_still_mine_and_changes_nothing(cursor: Cursor) -> 
     job = claimed(cursor, life)
     assert jobs.finish(cursor, [result(job, life)]) == [0]
     assert jobs.finish(cursor, [result(job, life, body=b"other")]) == [0]
-    assert jobs.outcome(cursor, [job.id])[0].body == b"body"  # type: ignore[union-attr]
+    assert job_views.outcome(cursor, [job.id])[0].body == b"body"  # type: ignore[union-attr]
 
 
 def test_the_fence_shuts_out_other_workers_and_earlier_attempts(cursor: Cursor) -> None:
     one, two = worker(cursor), worker(cursor)
     job = claimed(cursor, one)
     assert jobs.finish(cursor, [result(job, two)]) == [None]
-    assert jobs.rescue(cursor, [one], 3) == [(job.id, "echo", "generate", "queued")]
+    assert recovery.rescue(cursor, [one], 3) == [(job.id, "echo", "generate", "queued")]
     assert jobs.claim(cursor, [(job.id, two)])[0].attempt == 2  # type: ignore[union-attr]
     assert jobs.finish(cursor, [result(job, one, 1, b"late")]) == [None]
     assert jobs.end(cursor, [ending(job, one, 1)]) == [None]
     assert jobs.finish(cursor, [result(job, two, 2, b"right")]) == [0]
     assert jobs.finish(cursor, [result(job, one, 1, b"later")]) == [None]
-    assert jobs.outcome(cursor, [job.id])[0].body == b"right"  # type: ignore[union-attr]
+    assert job_views.outcome(cursor, [job.id])[0].body == b"right"  # type: ignore[union-attr]
 
 
 def test_only_the_first_answer_is_cached_unless_a_refresh_was_asked_for(cursor: Cursor) -> None:
@@ -216,7 +217,7 @@ def test_deadlines_expire_queued_and_running_jobs(cursor: Cursor) -> None:
     )
     cursor.execute("UPDATE jobs SET deadline_at = now() - interval '1 s' WHERE id = %s", (running.id,))
     assert jobs.claim(cursor, [(late.id, life)]) == [None], "a late job never reaches an engine"
-    assert sorted(jobs.expire(cursor)) == sorted([late.id, running.id])
+    assert sorted(recovery.expire(cursor)) == sorted([late.id, running.id])
     assert jobs.finish(cursor, [result(running, life)]) == [None]
     assert state(cursor, early).status == "queued"
 
@@ -236,19 +237,19 @@ def test_a_final_state_never_changes(cursor: Cursor, end_it: Callable[[Cursor, N
     jobs.end(cursor, [ending(job, life, is_retryable=True)])
     jobs.cancel(cursor, [(job.id, "t")])
     jobs.claim(cursor, [(job.id, life)])
-    jobs.rescue(cursor, [life], 3)
+    recovery.rescue(cursor, [life], 3)
     cursor.execute("UPDATE jobs SET deadline_at = now() - interval '1 s' WHERE id = %s", (job.id,))
-    jobs.expire(cursor)
+    recovery.expire(cursor)
     assert replace(state(cursor, job), deadline_at=before.deadline_at) == before
 
 
 def test_unsent_jobs_are_found_once_per_patience(cursor: Cursor) -> None:
     job = queued(cursor)
-    assert jobs.find_unsent(cursor, "echo", 5) == []
+    assert recovery.find_unsent(cursor, "echo", 5) == []
     cursor.execute("UPDATE jobs SET enqueued_at = now() - interval '6 s'")
-    assert jobs.find_unsent(cursor, "bert", 5) == []
-    assert jobs.find_unsent(cursor, "echo", 5) == [(job.id, "echo", "generate")]
-    assert jobs.find_unsent(cursor, "echo", 5) == []
+    assert recovery.find_unsent(cursor, "bert", 5) == []
+    assert recovery.find_unsent(cursor, "echo", 5) == [(job.id, "echo", "generate")]
+    assert recovery.find_unsent(cursor, "echo", 5) == []
 
 
 def test_a_lost_lease_or_lock_is_a_death(database_url: str, cursor: Cursor) -> None:
@@ -279,8 +280,8 @@ def test_purge_takes_results_along_and_leaves_live_jobs(cursor: Cursor) -> None:
     done, live = claimed(cursor, life), queued(cursor)
     jobs.finish(cursor, [result(done, life)])
     cursor.execute("UPDATE jobs SET finished_at = now() - interval '2 h' WHERE id = %s", (done.id,))
-    assert jobs.purge(cursor, 3600) == 1
-    assert jobs.view(cursor, [(done.id, None)]) == [None]
+    assert recovery.purge(cursor, 3600) == 1
+    assert job_views.view(cursor, [(done.id, None)]) == [None]
     assert state(cursor, live).status == "queued"
     cursor.execute("SELECT count(*) FROM job_results")
     assert cursor.fetchone() == (0,)
@@ -288,9 +289,9 @@ def test_purge_takes_results_along_and_leaves_live_jobs(cursor: Cursor) -> None:
 
 def test_pages_follow_each_other(cursor: Cursor) -> None:
     ids = [queued(cursor, tenant="pages").id for _ in range(5)]
-    first = jobs.find(cursor, [Filter(tenant="pages", limit=2)])[0]
+    first = job_views.find(cursor, [Filter(tenant="pages", limit=2)])[0]
     assert len(first) == 3, "one more tells of another page"
-    second = jobs.find(cursor, [Filter(tenant="pages", limit=3, after=first[1].id)])[0]
+    second = job_views.find(cursor, [Filter(tenant="pages", limit=3, after=first[1].id)])[0]
     assert [view.id for view in [*first[:2], *second]] == ids[::-1]
 
 
@@ -299,7 +300,7 @@ def test_depths_count_per_backend(cursor: Cursor) -> None:
     claimed(cursor, life)
     queued(cursor)
     queued(cursor, backend="bert")
-    found = jobs.depths(cursor)
+    found = job_views.depths(cursor)
     assert (found["echo"].num_queued, found["echo"].num_running, found["bert"].num_queued) == (1, 1, 1)
 
 

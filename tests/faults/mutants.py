@@ -113,9 +113,9 @@ db.jobs.finish = late(db.jobs.finish, 6)
 """
 
 _UNCAPPED = """
-import db.jobs
-rescue = db.jobs.rescue
-db.jobs.rescue = lambda cursor, workers, most: rescue(cursor, workers, 99)
+import db.recovery
+rescue = db.recovery.rescue
+db.recovery.rescue = lambda cursor, workers, most: rescue(cursor, workers, 99)
 """
 
 _BLAMED = """

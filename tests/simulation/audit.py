@@ -10,7 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from db.jobs import Claimed, Ended, Finished, Outcome
+from db.job_views import Outcome
+from db.jobs import Claimed, Ended, Finished
 from db.models import RETRYABLE, TERMINAL, TRANSITIONS, JobStatus
 from tests.simulation.kernel import Violation
 from tests.simulation.store import DEATHS, LOCK_GRACE_S, JobRow, SimStore

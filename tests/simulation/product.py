@@ -48,7 +48,7 @@ class Answers:
 
 
 class Recorded:
-    """In place of the modules `db.jobs`, `db.flights` and `db.workers`."""
+    """In place of the modules of `db`."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         getattr(SimStore, name)  # a statement that the store lacks must fail loudly
@@ -162,7 +162,9 @@ class Product:
             celery=SimpleNamespace(message=lambda job_id, task, backend: job_id),
             responses=SimpleNamespace(usage_of=lambda call, outputs: {"prompt_tokens": 1, "completion_tokens": 1}),
         )  # fmt: skip
-        self.reconciler = _led_over(reconciler, jobs=Recorded(), flights=Recorded(), workers=Recorded(), log=silent)
+        self.reconciler = _led_over(
+            reconciler, job_views=Recorded(), recovery=Recorded(), flights=Recorded(), workers=Recorded(), log=silent
+        )
         events = SimpleNamespace(Event=lambda: Event(kernel), Lock=lambda: Lock(kernel))
         globals_of_gate = {**vars(gate), "asyncio": events}
         passages = {

@@ -1,4 +1,4 @@
-"""The ledger in memory: the statements of `db.accept`, `db.jobs`, `db.flights` and `db.workers`, with the same names,
+"""The ledger in memory: the statements of `db.accept`, `db.jobs`, `db.recovery`, `db.flights` and others, with the same names,
 arguments and answers.
 
 A `SimStore` is a drop-in for a cursor *and* for these modules: `SimStore.claim(store, wanted)` reads like
@@ -21,7 +21,8 @@ from typing import Any
 import orjson
 
 from db.accept import Inserted, NewJob
-from db.jobs import Claimed, Depth, Ended, Finished, Outcome, Owned, Suspect
+from db.job_views import Depth, Outcome
+from db.jobs import Claimed, Ended, Finished, Owned, Suspect
 from db.models import RETRYABLE, TERMINAL, JobStatus
 from db.workers import Heartbeat
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from db import accept, flights, jobs, session, workers
+from db import accept, flights, job_views, jobs, recovery, session, workers
 from db.accept import NewJob
 from db.jobs import Ended, Finished, Suspect
 from db.session import Cursor
@@ -48,7 +48,9 @@ class Ledgers:
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Both ledgers' answer to one statement."""
-        module = next(module for module in (accept, jobs, flights, workers) if hasattr(module, name))
+        module = next(
+            module for module in (accept, jobs, job_views, recovery, flights, workers) if hasattr(module, name)
+        )
         theirs = getattr(module, name)(self.cursor, *arguments)
         self.store.now = time.time() + self._waited_s
         self.store.begin("tests")

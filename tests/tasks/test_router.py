@@ -9,7 +9,7 @@ import pytest
 import catalog
 from backends.registry import backend_class
 from catalog import Catalog
-from db.jobs import Depth
+from db.job_views import Depth
 from db.workers import Life
 from tasks import router
 from tasks.call import Call

@@ -5,8 +5,6 @@ line on the job is the ledger's; a waiter or a stream only watches it.
 """
 
 import asyncio
-import hashlib
-import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -17,7 +15,7 @@ import structlog
 
 import catalog
 import settings
-from api import errors, wishes
+from api import errors, fingerprints, ids, refusals, wishes
 from api.prompts import Prompts
 from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
@@ -44,8 +42,6 @@ _KEEP_ALIVE_S = 10.0
 _TOUCH_S = 5.0
 _LONG_S = 6.0
 """For statements whose work grows with the tables: a little more than Postgres's own limit."""
-_KEY_VERSION = b"switchyard-cache-1\0"
-_CANONICAL = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
 
 
 @dataclass(slots=True)
@@ -140,7 +136,7 @@ class Gateway:
         steps = _Steps()
         models = self._models(call)
         plan = wishes.plan_cache(call, wish.cache, self.catalog.cache)
-        keys = {model.name: cache_key(call, model, caller.tenant) for model in models}
+        keys = {model.name: fingerprints.cache_key(call, model, caller.tenant) for model in models}
         if (joined := await self._join(call, caller, wish, list(keys.values()))) is not None:
             return joined
         hit, verdict = await self._look_up(plan, wish, list(keys.values()))
@@ -149,9 +145,9 @@ class Gateway:
             return hit
         if wish.cache.is_only_if_cached:
             raise errors.OnlyIfCached()
-        tokenised, refusals = await self._tokenise(call, models)
+        tokenised, mistakes = await self._tokenise(call, models)
         steps.mark("tokenise_ms")
-        decision = self._route(call, tokenised, refusals, wish)
+        decision = self._route(call, tokenised, mistakes, wish)
         steps.mark("route_ms")
         assert decision.chosen is not None
         ready = tokenised[decision.chosen.model]
@@ -271,7 +267,7 @@ class Gateway:
         if wish.idempotency_key is not None:
             held = await self._keys.submit((caller.id, wish.idempotency_key))
             if held is not None:
-                return await self._rejoin(held, fingerprint(call, wish), call, caller)
+                return await self._rejoin(held, fingerprints.request(call, wish), call, caller)
         elif wish.is_retry:
             job_id = await self._retries.submit(Retry(caller.id, tuple(keys), call.stream))
             if job_id is not None:
@@ -322,7 +318,7 @@ class Gateway:
         self, call: Call, models: Sequence[ModelSpec]
     ) -> tuple[dict[str, Call | str], dict[str, errors.APIError]]:
         tokenised: dict[str, Call | str] = {}
-        refusals: dict[str, errors.APIError] = {}
+        mistakes: dict[str, errors.APIError] = {}
         for model in models:
             if call.task not in model.tasks:
                 continue
@@ -330,14 +326,14 @@ class Gateway:
                 tokenised[model.name] = await self.prompts.tokenise(call, model)
             except errors.APIError as error:
                 tokenised[model.name] = error.code
-                refusals[model.name] = error
-        return tokenised, refusals
+                mistakes[model.name] = error
+        return tokenised, mistakes
 
-    def _route(self, call: Call, tokenised: dict[str, Call | str], refusals: dict[str, errors.APIError],
+    def _route(self, call: Call, tokenised: dict[str, Call | str], mistakes: dict[str, errors.APIError],
                wish: Wish) -> Decision:  # fmt: skip
         decision = router.choose(self.catalog, call, tokenised, self.loads, can_wait=wish.is_async)
         if decision.chosen is None:
-            raise _refusal(decision, refusals)
+            raise refusals.of(decision, mistakes)
         asked = call.model if call.model == "auto" else decision.candidates[0].model
         metrics.child(metrics.ROUTER_CHOICES, asked, decision.chosen.model, decision.chosen.backend).inc()
         return decision
@@ -346,7 +342,7 @@ class Gateway:
                  plan: CachePlan, keys: dict[str, bytes], timings: dict[str, float]) -> NewJob:  # fmt: skip
         assert decision.chosen is not None
         return NewJob(
-            id=uuid7(),
+            id=ids.uuid7(),
             tenant=caller.tenant,
             api_key_id=caller.id,
             request_id=request_id,
@@ -367,6 +363,7 @@ class Gateway:
             prompt_tokens=call.prompt_tokens,
             timings=orjson.dumps(timings).decode(),
             timeout_s=wish.timeout_s or caller.timeout_s,
+            deadline=wish.deadline,
             # A stream shares a run with streams: of another, it would see nothing before the end.
             coalesce_key=keys[call.model] + bytes([call.stream]) if plan.is_read else None,
         )
@@ -381,7 +378,7 @@ class Gateway:
             raise
         if isinstance(inserted, Reserved):
             watch.close()
-            return await self._rejoin(inserted, fingerprint(call, wish), call, caller)
+            return await self._rejoin(inserted, fingerprints.request(call, wish), call, caller)
         watch.is_recorded = True
         if inserted.leader_id is None:
             inference.enqueue(self._outbox, [(job.id, job.backend, job.task)])
@@ -399,7 +396,7 @@ class Gateway:
         carries this row to the disk with it; only they get the relaxed insert, one fsync less.
         """
         if wish.idempotency_key is not None:
-            key = Idempotency(caller.id, wish.idempotency_key, fingerprint(call, wish))
+            key = Idempotency(caller.id, wish.idempotency_key, fingerprints.request(call, wish))
             reserved = await self._keyed_inserts.submit((key, job))
             return reserved.inserted or reserved
         is_promised = job.is_stream or wish.is_async or wish.wait_s < 1.0
@@ -455,32 +452,6 @@ class Gateway:
         await asyncio.gather(*[self._touches.submit(hit) for hit in hits.items()])
 
 
-def cache_key(call: Call, model: ModelSpec, tenant: str) -> bytes:
-    """SHA-256 over everything that changes the answer, and whose it is."""
-    entry = model.entry
-    scope = [tenant, model.name, model.revision, model.context_length, entry.default_max_tokens, entry.mask]
-    canonical = orjson.dumps([scope, call.canonical()], option=_CANONICAL)
-    return hashlib.sha256(_KEY_VERSION + canonical).digest()
-
-
-def uuid7() -> uuid.UUID:
-    """A time-ordered random id (RFC 9562): new rows land at one end of the primary key's index."""
-    value = (time.time_ns() // 1_000_000) << 80 | _random_bits()
-    return uuid.UUID(int=value & ~(0xF << 76 | 0x3 << 62) | 0x7 << 76 | 0x2 << 62)
-
-
-_entropy = bytearray()
-
-
-def _random_bits() -> int:
-    """80 bits from the kernel, fetched for 400 ids at once: a call costs 70 µs on some virtual machines."""
-    if len(_entropy) < 10:
-        _entropy.extend(os.urandom(4000))
-    bits = int.from_bytes(_entropy[-10:], "big")
-    del _entropy[-10:]
-    return bits
-
-
 class _Steps:
     """How long each step before the job took, in milliseconds."""
 
@@ -499,31 +470,3 @@ class _Described:
     lives: list[workers.Life]
     depths: dict[str, Depth]
     quarantined: frozenset[bytes]
-
-
-def fingerprint(call: Call, wish: Wish) -> bytes:
-    """SHA-256 of what was asked, however it was spelled."""
-    asked = [call.canonical(), call.model, call.stream, call.include_usage, wish.metadata, wish.timeout_s]
-    return hashlib.sha256(orjson.dumps(asked, option=_CANONICAL)).digest()
-
-
-def _drain_s(decision: Decision) -> float:
-    """When the shortest of the full queues is expected to be worked off, between 1 s and a minute."""
-    waits = [one.facts["wait_ms"] for one in decision.candidates if one.dropped == "queue_full"]
-    return min(max(min(waits) / 1000, 1.0), 60.0)
-
-
-def _refusal(decision: Decision, refusals: dict[str, errors.APIError]) -> errors.APIError:
-    """Why nobody can take the call: the caller's own mistakes first, then what time will mend."""
-    dropped = {candidate.dropped: candidate for candidate in reversed(decision.candidates)}
-    for code in ("queue_full", "loading", "no_worker"):
-        if code in dropped and not refusals:
-            if code == "queue_full":
-                return errors.QueueFull(retry_after_s=_drain_s(decision))
-            state = "still loading" if code == "loading" else "not up"
-            return errors.ModelUnavailable(f"The model is {state}; try again soon.")
-    if refusals:
-        return next(iter(refusals.values()))
-    if (candidate := dropped.get("unsupported_parameter")) is not None:
-        return errors.UnsupportedParameter(f"This model does not support {candidate.param}.", param=candidate.param)
-    return errors.ModelNotFound("The model exists, but does not do this task.", param="model")

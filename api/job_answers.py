@@ -31,6 +31,7 @@ async def create(request: Request, caller: ApiKey) -> Response:
         preference_applied=asked.preference_applied,
         metadata=wanted.metadata,
         timeout_s=wanted.timeout_s or asked.timeout_s,
+        deadline=wanted.deadline,
         idempotency_key=asked.idempotency_key,
         is_retry=asked.is_retry,
     )

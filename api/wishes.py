@@ -44,6 +44,8 @@ class Wish:
     preference_applied: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
+    deadline: float | None = None
+    """Unix seconds. The earlier of the two counts."""
     cancels_on_disconnect: bool = False
     idempotency_key: str | None = None
     is_retry: bool = False

@@ -42,6 +42,8 @@ class NewJob:
     prompt_tokens: int
     timings: str
     timeout_s: float | None = None
+    deadline: float | None = None
+    """Unix seconds. The earlier of the two counts."""
     coalesce_key: bytes | None = None
     """Live jobs with the same key share one run. None: this one runs alone."""
 
@@ -66,7 +68,7 @@ _COLUMNS = """
 """
 _TYPES = (
     "(%s::uuid,%s,%s::uuid,%s,%s,%s,%s,%s,%s,%s,%s,%s::bytea,%s::jsonb,%s::jsonb,%s,%s::bytea,%s::int,%s,%s,"
-    "%s::jsonb,clock_timestamp() + %s::float8 * interval '1 s',%s::bytea)"
+    "%s::jsonb,least(clock_timestamp() + %s::float8 * interval '1 s', to_timestamp(%s::float8)),%s::bytea)"
 )
 _INSERTED = "id, created_at, backend, cache_verdict, leader_id, coalesce(flight_id, id)"
 
@@ -91,7 +93,7 @@ def _row(job: NewJob) -> tuple[Any, ...]:
         job.id, job.tenant, job.api_key_id, job.request_id, job.endpoint, job.task, job.requested_model, job.model,
         job.model_revision, job.backend, job.is_stream, job.payload, job.metadata, job.decision, job.cache_verdict,
         job.cache_key, job.cache_ttl_s, job.is_cache_refresh, job.prompt_tokens, job.timings, job.timeout_s,
-        job.coalesce_key,
+        job.deadline, job.coalesce_key,
     )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ class JobSubmission:
     call: Call
     metadata: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
+    deadline: float | None = None
 
 
 def parse(endpoint: str, body: dict[str, Any], limits: LimitsEntry = _DEFAULT_LIMITS) -> Call:
@@ -73,7 +74,7 @@ def parse_job(body: dict[str, Any], limits: LimitsEntry = _DEFAULT_LIMITS) -> Jo
         call = parse(job.endpoint, job.body, limits)
     except errors.APIError as error:
         raise type(error)(error.message, param=f"body.{error.param}" if error.param else "body") from None
-    return JobSubmission(call=call, metadata=job.metadata or {}, timeout_s=job.timeout_s)
+    return JobSubmission(call=call, metadata=job.metadata or {}, timeout_s=job.timeout_s, deadline=job.deadline)
 
 
 def read(model: type[AnyWireModel], body: dict[str, Any]) -> AnyWireModel:

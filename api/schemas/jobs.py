@@ -17,3 +17,7 @@ class JobRequest(WireModel):
         Annotated[float, Field(gt=0, le=604_800, description="Seconds until the job expires if it has not ended.")]
         | None
     ) = None
+    deadline: (
+        Annotated[float, Field(gt=0, le=2**33, description="Unix time at which the job expires if it has not ended.")]
+        | None
+    ) = None

@@ -287,11 +287,11 @@ def test_options_reach_every_endpoint(endpoint: str) -> None:
 
 @pytest.mark.parametrize("endpoint", MINIMAL)
 def test_job_submission(endpoint: str) -> None:
-    body = {"endpoint": endpoint, "body": MINIMAL[endpoint], "metadata": {"a": "b"}, "timeout_s": 5}
+    body = {"endpoint": endpoint, "body": MINIMAL[endpoint], "metadata": {"a": "b"}, "timeout_s": 5, "deadline": 2e9}
     job = schemas.parse_job(body, LIMITS)
-    assert (job.call, job.metadata, job.timeout_s) == (parsed(endpoint), {"a": "b"}, 5.0)
+    assert (job.call, job.metadata, job.timeout_s, job.deadline) == (parsed(endpoint), {"a": "b"}, 5.0, 2e9)
     bare = schemas.parse_job({"endpoint": endpoint, "body": MINIMAL[endpoint]}, LIMITS)
-    assert (bare.metadata, bare.timeout_s) == ({}, None)
+    assert (bare.metadata, bare.timeout_s, bare.deadline) == ({}, None, None)
 
 
 def test_every_inference_endpoint_can_be_a_job() -> None:

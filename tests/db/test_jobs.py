@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -213,11 +214,13 @@ def test_deadlines_expire_queued_and_running_jobs(cursor: Cursor) -> None:
     late, running, early = (
         queued(cursor, timeout_s=-1),
         claimed(cursor, life, timeout_s=60),
-        queued(cursor, timeout_s=60),
+        queued(cursor, timeout_s=60, deadline=time.time() + 60),
     )
+    passed = queued(cursor, timeout_s=60, deadline=1.0)
     cursor.execute("UPDATE jobs SET deadline_at = now() - interval '1 s' WHERE id = %s", (running.id,))
     assert jobs.claim(cursor, [(late.id, life)]) == [None], "a late job never reaches an engine"
-    assert sorted(recovery.expire(cursor)) == sorted([late.id, running.id])
+    assert jobs.claim(cursor, [(passed.id, life)]) == [None], "the earlier of the two counts"
+    assert sorted(recovery.expire(cursor)) == sorted([late.id, running.id, passed.id])
     assert jobs.finish(cursor, [result(running, life)]) == [None]
     assert state(cursor, early).status == "queued"
 

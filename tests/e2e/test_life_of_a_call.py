@@ -1,6 +1,7 @@
 """One request after another through real processes: gateway, queue, worker, ledger, and back."""
 
 import json
+import time
 from typing import Any
 
 import httpx
@@ -178,6 +179,10 @@ def test_a_deadline_expires_the_job(stack: Stack) -> None:
         job = client.get(path, params={"wait": 10}).json()
         assert job["status"] == "expired"
         assert client.get(f"{path}/result").json()["error"]["code"] == "job_expired"
+        deadline = time.time() + 0.5
+        wanted = {"endpoint": "/v1/completions", "body": slow, "timeout_s": 60, "deadline": deadline}
+        job = client.get(client.post("/v1/jobs", json=wanted).headers["location"], params={"wait": 10}).json()
+        assert (job["status"], job["deadline_at"]) == ("expired", int(deadline))
 
 
 def test_a_failing_backend_is_tried_three_times_and_then_said_plainly(stack: Stack) -> None:

@@ -30,5 +30,6 @@ def request(call: Call, wish: Wish) -> bytes:
         wish.metadata,
         wish.timeout_s,
         wish.deadline,
+        wish.priority,
     ]
     return hashlib.sha256(orjson.dumps(asked, option=_CANONICAL)).digest()

@@ -24,12 +24,13 @@ from db import accept, cache, job_views, jobs, request_log, workers
 from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
 from db.cache import Hit
-from db.job_views import DeadLetters, Depth, Outcome
+from db.job_views import Backlog, DeadLetters, Depth, Outcome
 from db.lanes import Lane, LaneDown
 from db.models import TERMINAL, JobStatus
 from db.session import Cursor
 from tasks import inference, metrics, replay, router, transport
 from tasks.call import Call
+from tasks.fair_share import FairShare, Level, Priority
 from tasks.responses import Frames, Identity
 from tasks.router import Decision, Load
 from tasks.stream import Interrupted, Subscriber, Watch
@@ -96,7 +97,8 @@ class Gateway:
         self._ended = Lane(url, job_views.ended)
         self._redis = transport.connect(config.redis_url)
         self._outbox = transport.Outbox(self._redis)
-        self.subscriber = Subscriber(config.redis_url)
+        self._shares = FairShare()
+        self.subscriber = Subscriber(config.redis_url, self._shares.ended)
         self.loads: dict[str, Load] = {}
         self._quarantined: frozenset[bytes] = frozenset()
         """Cache keys of requests that killed their workers lately."""
@@ -147,7 +149,7 @@ class Gateway:
             raise errors.OnlyIfCached()
         tokenised, mistakes = await self._tokenise(call, models)
         steps.mark("tokenise_ms")
-        decision = self._route(call, tokenised, mistakes, wish)
+        decision = self._route(call, tokenised, mistakes, caller, wish)
         steps.mark("route_ms")
         assert decision.chosen is not None
         ready = tokenised[decision.chosen.model]
@@ -158,7 +160,7 @@ class Gateway:
         if plan.is_refresh:
             self.recent_hits.clear()
         job = self._new_job(ready, caller, wish, request_id, decision, verdict, plan, keys, steps.done)
-        return await self._accept(job, ready, decision.reason, caller, wish)
+        return await self._accept(job, ready, decision, caller, wish)
 
     async def wait(self, watch: Watch, wait_s: float) -> Outcome | None:
         """The outcome once the watched job has ended; None if it takes longer than `wait_s`."""
@@ -330,13 +332,18 @@ class Gateway:
         return tokenised, mistakes
 
     def _route(self, call: Call, tokenised: dict[str, Call | str], mistakes: dict[str, errors.APIError],
-               wish: Wish) -> Decision:  # fmt: skip
-        decision = router.choose(self.catalog, call, tokenised, self.loads, can_wait=wish.is_async)
+               caller: ApiKey, wish: Wish) -> Decision:  # fmt: skip
+        crowded = [name for name, backend in self.catalog.backends.items()
+                   if not self._shares.may_queue(name, caller.tenant, backend.entry.max_queued)]  # fmt: skip
+        decision = router.choose(self.catalog, call, tokenised, self.loads, can_wait=wish.is_async, crowded=crowded)
         if decision.chosen is None:
             raise refusals.of(decision, mistakes)
         asked = call.model if call.model == "auto" else decision.candidates[0].model
-        metrics.child(metrics.ROUTER_CHOICES, asked, decision.chosen.model, decision.chosen.backend).inc()
-        return decision
+        backend = decision.chosen.backend
+        metrics.child(metrics.ROUTER_CHOICES, asked, decision.chosen.model, backend).inc()
+        slots = self.loads.get(backend, Load()).slots
+        level = self._shares.level(backend, caller.tenant, wish.priority, slots)
+        return replace(decision, level=level)
 
     def _new_job(self, call: Call, caller: ApiKey, wish: Wish, request_id: str, decision: Decision, verdict: str,
                  plan: CachePlan, keys: dict[str, bytes], timings: dict[str, float]) -> NewJob:  # fmt: skip
@@ -364,11 +371,13 @@ class Gateway:
             timings=orjson.dumps(timings).decode(),
             timeout_s=wish.timeout_s or caller.timeout_s,
             deadline=wish.deadline,
+            priority=wish.priority,
+            predicted_tokens=call.prompt_tokens + int(decision.chosen.facts.get("tokens", 0)),
             # A stream shares a run with streams: of another, it would see nothing before the end.
             coalesce_key=keys[call.model] + bytes([call.stream]) if plan.is_read else None,
         )
 
-    async def _accept(self, job: NewJob, call: Call, reason: str, caller: ApiKey, wish: Wish) -> Accepted:
+    async def _accept(self, job: NewJob, call: Call, decision: Decision, caller: ApiKey, wish: Wish) -> Accepted:
         """Commit the row, then send the message: the other order could run a job that nobody recorded."""
         watch = self.subscriber.watch(job.id, is_recorded=False)
         try:
@@ -381,12 +390,13 @@ class Gateway:
             return await self._rejoin(inserted, fingerprints.request(call, wish), call, caller)
         watch.is_recorded = True
         if inserted.leader_id is None:
-            inference.enqueue(self._outbox, [(job.id, job.backend, job.task)])
-            self._count_queued(job.backend, job.prompt_tokens)
+            is_first = wish.priority is Priority.PRIORITY and decision.level is Level.WITHIN_SHARE
+            inference.enqueue(self._outbox, [(job.id, job.backend, job.task)], decision.level, is_first=is_first)
+            self._count_queued(job)
         log.info("job.accepted", job_id=str(job.id), request_id=job.request_id, model=job.model,
                  backend=inserted.backend, endpoint=job.endpoint, prompt_tokens=job.prompt_tokens,
                  leader_id=None if inserted.leader_id is None else str(inserted.leader_id))  # fmt: skip
-        return Accepted(job.id, inserted.flight_id, call, job.model, inserted.backend, reason,
+        return Accepted(job.id, inserted.flight_id, call, job.model, inserted.backend, decision.reason,
                         int(inserted.created_at.timestamp()), inserted.cache_verdict, watch)  # fmt: skip
 
     async def _insert(self, job: NewJob, call: Call, caller: ApiKey, wish: Wish) -> Inserted | Reserved:
@@ -402,13 +412,16 @@ class Gateway:
         is_promised = job.is_stream or wish.is_async or wish.wait_s < 1.0
         return await (self._durable_inserts if is_promised else self._relaxed_inserts).submit(job)
 
-    def _count_queued(self, backend: str, tokens: int) -> None:
+    def _count_queued(self, job: NewJob) -> None:
         """Between two surveys the queue is at least as deep as what this process added."""
-        load = self.loads.get(backend, Load())
+        load = self.loads.get(job.backend, Load())
         depth = replace(
-            load.depth, num_queued=load.depth.num_queued + 1, queued_tokens=load.depth.queued_tokens + tokens
+            load.depth,
+            num_queued=load.depth.num_queued + 1,
+            queued_tokens=load.depth.queued_tokens + job.prompt_tokens,
         )
-        self.loads[backend] = replace(load, depth=depth)
+        self.loads[job.backend] = replace(load, depth=depth)
+        self._shares.add(str(job.id), job.backend, job.tenant, max(job.predicted_tokens, 1))
 
     async def _outcome(self, job_id: uuid.UUID) -> Outcome | None:
         try:
@@ -429,11 +442,13 @@ class Gateway:
 
     def _described(self, cursor: Cursor, items: Sequence[None]) -> "list[_Described]":
         quarantined = job_views.quarantined(cursor, self.config.quarantine_s)
-        return [_Described(workers.alive(cursor), job_views.depths(cursor), quarantined)] * len(items)
+        backlogs = job_views.backlogs(cursor)
+        return [_Described(workers.alive(cursor), job_views.depths(cursor), backlogs, quarantined)] * len(items)
 
     async def _survey(self) -> None:
         found = await self._surveys.submit(None)
         lives, depths, self._quarantined = found.lives, found.depths, found.quarantined
+        self._shares.update(found.backlogs)
         nothing = Depth(0, 0, 0, 0.0)
         self.loads = {
             name: Load.of((life for life in lives if life.backend == name), depths.get(name, nothing))
@@ -469,4 +484,5 @@ class _Steps:
 class _Described:
     lives: list[workers.Life]
     depths: dict[str, Depth]
+    backlogs: list[Backlog]
     quarantined: frozenset[bytes]

@@ -15,6 +15,7 @@ from db.job_views import DeadLetters, Filter, View
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from tasks.call import Call
+from tasks.fair_share import Priority
 from tasks.responses import Identity
 
 
@@ -32,6 +33,7 @@ async def create(request: Request, caller: ApiKey) -> Response:
         metadata=wanted.metadata,
         timeout_s=wanted.timeout_s or asked.timeout_s,
         deadline=wanted.deadline,
+        priority=Priority[wanted.priority.upper()],
         idempotency_key=asked.idempotency_key,
         is_retry=asked.is_retry,
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 from db.job_views import View
 from db.models import TERMINAL
+from tasks.fair_share import Priority
 
 JSON = dict[str, Any]
 
@@ -21,6 +22,7 @@ def job(view: View) -> JSON:
         "requested_model": view.requested_model,
         "backend": view.backend,
         "stream": view.is_stream,
+        "priority": Priority(view.priority).name.lower(),
         "created_at": _seconds(view.created_at),
         "started_at": _seconds(view.started_at),
         "completed_at": _seconds(view.finished_at),

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from api import errors
 from catalog import CacheEntry
 from tasks.call import Call
+from tasks.fair_share import Priority
 
 _MAX_HEADER = 512
 _WAIT = re.compile(r"wait\s*=\s*\"?(\d{1,6})\"?$")
@@ -46,6 +47,7 @@ class Wish:
     timeout_s: float | None = None
     deadline: float | None = None
     """Unix seconds. The earlier of the two counts."""
+    priority: Priority = Priority.DEFAULT
     cancels_on_disconnect: bool = False
     idempotency_key: str | None = None
     is_retry: bool = False

@@ -42,6 +42,7 @@ class Target:
     """In lower case: what the head of every answer must contain."""
     first: "re.Pattern[bytes] | None" = None
     """Of a stream: what an answer contains from its first token on."""
+    statuses: tuple[bytes, ...] = (b"200",)
     num_bodies: int = 10**12
     """After so many different requests the first comes again."""
 
@@ -280,7 +281,7 @@ class _Pool:
     def _read_head(self, buffer: bytes, end: int) -> int:
         """Bytes of the whole answer; -1 where it comes in chunks."""
         head = buffer[:end].lower()
-        if head[9:12] != b"200" or self._target.expected not in head:
+        if head[9:12] not in self._target.statuses or self._target.expected not in head:
             raise LoadError(f"unexpected answer: {buffer[:600].decode(errors='replace')}")
         at = head.find(b"content-length:")
         if at < 0:

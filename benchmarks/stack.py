@@ -47,10 +47,15 @@ class Stack:
     port: int
     key: str
     home: Path
+    database_url: str
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"}
+
+    def create_key(self, tenant: str) -> str:
+        """The secret of a new API key."""
+        return _key(self.database_url, tenant)
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds used so far, by process name."""
@@ -73,10 +78,10 @@ def running(config: str, *, durable: bool = True, env: Mapping[str, str] | None 
             config=file, home=home, models_dir=ROOT / "models", port=servers.free_port(None),
             database_url=postgres.url, redis_url=valkey.url,
         )  # fmt: skip
-        made = Stack(settings.port, "", home, {"postgres": postgres.process, "valkey": valkey.process})
+        made = Stack(settings.port, "", home, postgres.url, {"postgres": postgres.process, "valkey": valkey.process})
         exits.callback(_stop, made, [made.processes[name] for name in ("postgres", "valkey")])
         _start(made, settings, {"SWITCHYARD_UNSAFE_SERVERS": str(not durable), **(env or {})})
-        made.key = _key(postgres.url)
+        made.key = _key(postgres.url, "bench")
         _wait(made, catalog.load(file, settings.models_dir))
         yield made
 
@@ -161,11 +166,11 @@ def _wait(made: Stack, declared: catalog.Catalog) -> None:
         time.sleep(0.05)
 
 
-def _key(database_url: str) -> str:
+def _key(database_url: str, tenant: str) -> str:
     connection = session.connect(database_url, "switchyard-bench")
     try:
         with connection.cursor() as cursor:
-            secret, _ = api_keys.create(cursor, "bench", "bench")
+            secret, _ = api_keys.create(cursor, "bench", tenant)
     finally:
         connection.close()
     return secret

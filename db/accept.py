@@ -44,6 +44,8 @@ class NewJob:
     timeout_s: float | None = None
     deadline: float | None = None
     """Unix seconds. The earlier of the two counts."""
+    priority: int = 1
+    predicted_tokens: int = 0
     coalesce_key: bytes | None = None
     """Live jobs with the same key share one run. None: this one runs alone."""
 
@@ -64,11 +66,12 @@ class Inserted:
 _COLUMNS = """
     id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, backend, is_stream,
     payload, metadata, decision, cache_verdict, cache_key, cache_ttl_s, is_cache_refresh, prompt_tokens, timings,
-    deadline_at, coalesce_key
+    deadline_at, priority, predicted_tokens, coalesce_key
 """
 _TYPES = (
     "(%s::uuid,%s,%s::uuid,%s,%s,%s,%s,%s,%s,%s,%s,%s::bytea,%s::jsonb,%s::jsonb,%s,%s::bytea,%s::int,%s,%s,"
-    "%s::jsonb,least(clock_timestamp() + %s::float8 * interval '1 s', to_timestamp(%s::float8)),%s::bytea)"
+    "%s::jsonb,least(clock_timestamp() + %s::float8 * interval '1 s', to_timestamp(%s::float8)),"
+    "%s::smallint,%s::int,%s::bytea)"
 )
 _INSERTED = "id, created_at, backend, cache_verdict, leader_id, coalesce(flight_id, id)"
 
@@ -93,7 +96,7 @@ def _row(job: NewJob) -> tuple[Any, ...]:
         job.id, job.tenant, job.api_key_id, job.request_id, job.endpoint, job.task, job.requested_model, job.model,
         job.model_revision, job.backend, job.is_stream, job.payload, job.metadata, job.decision, job.cache_verdict,
         job.cache_key, job.cache_ttl_s, job.is_cache_refresh, job.prompt_tokens, job.timings, job.timeout_s,
-        job.deadline, job.coalesce_key,
+        job.deadline, job.priority, job.predicted_tokens, job.coalesce_key,
     )  # fmt: skip
 
 
@@ -131,7 +134,7 @@ def _follow(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
         INSERT INTO jobs ({_COLUMNS}, leader_id, flight_id)
         SELECT i.id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, l.backend,
             is_stream, payload, metadata, decision, 'COALESCED; joined ' || l.id, cache_key, cache_ttl_s,
-            is_cache_refresh, prompt_tokens, timings, deadline_at, NULL, l.id, l.flight_id
+            is_cache_refresh, prompt_tokens, timings, deadline_at, priority, predicted_tokens, NULL, l.id, l.flight_id
         FROM input i JOIN leader l ON l.coalesce_key = i.coalesce_key RETURNING {_INSERTED}
         """,  # noqa: S608 - column names from this file alone
         [_row(job) for job in jobs],

@@ -69,7 +69,7 @@ def ended(cursor: Cursor, groups: Sequence[Sequence[uuid.UUID]]) -> list[list[uu
 _VIEW = """
     id, tenant, request_id, endpoint, requested_model, model, model_revision, backend, status, is_stream, metadata,
     decision, cache_verdict, encode(cache_key, 'hex') AS cache_key, attempt, attempts, prompt_tokens, usage, error,
-    timings, created_at, enqueued_at, started_at, first_token_at, finished_at, deadline_at,
+    timings, priority, created_at, enqueued_at, started_at, first_token_at, finished_at, deadline_at,
     (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker, leader_id, coalesce(flight_id, id)
 """
 
@@ -98,6 +98,7 @@ class View:
     usage: dict[str, Any] | None
     error: dict[str, Any] | None
     timings: dict[str, float]
+    priority: int
     created_at: datetime.datetime
     enqueued_at: datetime.datetime
     started_at: datetime.datetime | None
@@ -198,6 +199,28 @@ def depths(cursor: Cursor) -> dict[str, Depth]:
         """
     )
     return {row[0]: Depth(int(row[1]), int(row[2]), int(row[3]), float(row[4])) for row in cursor.fetchall()}
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What one tenant has queued at one backend."""
+
+    backend: str
+    tenant: str
+    num_queued: int
+    tokens: int
+    """Predicted, prompt and output."""
+
+
+def backlogs(cursor: Cursor) -> list[Backlog]:
+    """Of every tenant that has queued jobs."""
+    cursor.execute(
+        """
+        SELECT backend, tenant, count(*), sum(greatest(predicted_tokens, prompt_tokens, 1))
+        FROM jobs WHERE status = 'queued' AND leader_id IS NULL GROUP BY backend, tenant
+        """
+    )
+    return [Backlog(*row) for row in cursor.fetchall()]
 
 
 def quarantined(cursor: Cursor, within_s: float) -> frozenset[bytes]:

@@ -9,7 +9,7 @@ import enum
 import uuid
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, LargeBinary, Text, text
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, LargeBinary, SmallInteger, Text, text
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -126,6 +126,10 @@ class Job(Base):
     worker_id: Mapped[int | None] = mapped_column(BigInteger)
     attempts: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'"))
     prompt_tokens: Mapped[int] = mapped_column(server_default=text("0"))
+    predicted_tokens: Mapped[int] = mapped_column(server_default=text("0"))
+    """Prompt and expected output: the size of the job in its tenant's backlog."""
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
+    """See `tasks.fair_share.Priority`."""
     usage: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     timings: Mapped[dict[str, float]] = mapped_column(JSONB, server_default=text("'{}'"))

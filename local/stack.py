@@ -442,12 +442,16 @@ def _queue_table(config: Settings, declared: Catalog) -> Table:
     """Messages that wait in Redis, which are hints: the jobs themselves are counted by `switchyard jobs`."""
     import redis
 
+    import celeryconfig
+
     table = Table("queue", "messages", box=None, pad_edge=False)
     url = config.redis_url or servers.urls(config.home)[1]
+    steps = celeryconfig.broker_transport_options["priority_steps"]
     with redis.Redis.from_url(url, socket_timeout=2.0) as client:
         for name in declared.backends:
             try:
-                table.add_row(name, str(client.llen(name)))
+                lengths = [client.llen(key) for key in (name, *(f"{name}\x06\x16{step}" for step in steps[1:]))]
+                table.add_row(name, str(sum(lengths)))
             except redis.RedisError:
                 table.add_row(name, "unknown")
     return table

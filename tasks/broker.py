@@ -50,9 +50,11 @@ class Channel(redis.Channel):
             free = self.qos.can_consume_max_estimate()
             if not free:
                 return
+            keys = [self._q_for_pri(queue, level) for level in self.priority_steps]
             with self.conn_or_acquire() as client:
-                items = client.rpop(queue, min(free, _MOST)) or ()
-            for item in items:
+                # From the first level that has any.
+                taken = client.lmpop(len(keys), *keys, direction="RIGHT", count=min(free, _MOST))
+            for item in taken[1] if taken else ():
                 try:
                     self.connection._deliver(json.loads(item), queue)  # noqa: SLF001 - as _brpop_read does
                 except _MALFORMED as error:

@@ -45,8 +45,8 @@ for _name in TASKS.values():
     _declare(_name)
 
 
-def message(job_id: uuid.UUID, task: str, queue: str) -> bytes:
-    """The queue's wire form of one message; LPUSH it to the key `queue`."""
+def message(job_id: uuid.UUID, task: str, queue: str, level: int = 0) -> bytes:
+    """The queue's wire form of one message; LPUSH it to `transport.queue_key(queue, level)`."""
     identifier = str(job_id)
     body = base64.b64encode(orjson.dumps([[identifier, VERSION], {}, _EMBED])).decode()
     headers, properties = _template(task)
@@ -58,6 +58,7 @@ def message(job_id: uuid.UUID, task: str, queue: str) -> bytes:
             "headers": {**headers, "id": identifier, "root_id": identifier},
             "properties": {
                 **properties,
+                "priority": level,
                 "correlation_id": identifier,
                 "delivery_info": {"exchange": "", "routing_key": queue},
                 "delivery_tag": f"{identifier}.{_PROCESS_ID}.{next(_numbers)}",
@@ -75,5 +76,5 @@ _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 def _template(task: str) -> tuple[dict[str, Any], dict[str, Any]]:
     made = app.amqp.as_task_v2("0", TASKS[task], args=("0", VERSION), kwargs={}, argsrepr="", kwargsrepr="",
                                  ignore_result=None)  # fmt: skip
-    properties = {**made.properties, "delivery_mode": 2, "priority": 0, "body_encoding": "base64"}
+    properties = {**made.properties, "delivery_mode": 2, "body_encoding": "base64"}
     return dict(made.headers), properties

@@ -25,6 +25,7 @@ from db.lanes import Answer, Lane, LaneDown
 from db.models import JobStatus
 from tasks import celery, metrics, replay, responses, stream, transport
 from tasks.call import VERSION, Call
+from tasks.fair_share import Level
 from tasks.output import Output
 from tasks.responses import Identity
 
@@ -34,10 +35,18 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-def enqueue(outbox: transport.Outbox, sent: Sequence[tuple[uuid.UUID, str, str]]) -> None:
-    """Send the messages of (job id, backend, task), rows already committed. May be repeated."""
+def enqueue(
+    outbox: transport.Outbox,
+    sent: Sequence[tuple[uuid.UUID, str, str]],
+    level: Level = Level.WITHIN_SHARE,
+    *,
+    is_first: bool = False,
+) -> None:
+    """Send the messages of (job id, backend, task), rows already committed, to a level of their queue; `is_first`
+    goes before what waits there. May be repeated."""
     for job_id, backend, task in sent:
-        outbox.send("LPUSH", backend, celery.message(job_id, task, backend))
+        message = celery.message(job_id, task, backend, level.step)
+        outbox.send("RPUSH" if is_first else "LPUSH", transport.queue_key(backend, level.step), message)
 
 
 @dataclass(slots=True)

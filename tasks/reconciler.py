@@ -24,12 +24,16 @@ from db import accept, cache, flights, job_views, recovery, request_log, session
 from db.session import Cursor
 from tasks import inference, logs, metrics, router, server_settings, transport
 from tasks.call import Call
+from tasks.fair_share import Level
 from tasks.router import Load
 
 log = structlog.get_logger()
 
 _LEADER_LOCK = 0x5357_0002
 _HOUSEKEEPING_S = 30.0
+_MOST_LOST = 1000
+_MOST_AGED = 4
+"""Messages a pass that come forward because their jobs have waited for long: few, for they go before others."""
 _LONGEST_SILENCE = 10
 """Passes a leader may miss before it loses its lock."""
 
@@ -93,21 +97,21 @@ def reconcile_once(cursor: Cursor, queues: Queues, config: settings.Settings, ba
 
 def _resend(cursor: Cursor, lengths: dict[str, int], is_wiped: bool, config: settings.Settings,
             backends: Sequence[str], report: Report) -> None:  # fmt: skip
-    """Send again what is queued without a message. A queue at least as long as its backlog has lost
-    nothing yet, and doubling it would help nobody; after twelve times as long all are sent again anyway
-    (a repeated message costs one refused claim)."""
+    """Send again what is queued without a message, to the first level of the queue. A queue at least as long as its
+    backlog has lost nothing yet, and doubling it would help nobody; after twelve times as long its oldest are sent
+    again anyway, a few a pass: that is how calls of low priority age (a repeated message costs one refused claim)."""
     depths = job_views.depths(cursor)
     for backend in backends:
         depth = depths.get(backend)
         if depth is None or not depth.num_queued:
             continue
-        patience = config.resend_after_s
+        patience, most = config.resend_after_s, _MOST_LOST
         if is_wiped:
             patience = 0.0
         elif lengths.get(backend, 0) >= depth.num_queued:
-            patience *= 12
+            patience, most = patience * 12, _MOST_AGED
         if depth.oldest_queued_s >= patience:
-            unsent = recovery.find_unsent(cursor, backend, patience)
+            unsent = recovery.find_unsent(cursor, backend, patience, most)
             report.resent += len(unsent)
             report.messages += unsent
 
@@ -225,11 +229,13 @@ async def queues(client: redis.asyncio.Redis, backends: Sequence[str]) -> Queues
         pipeline: Any = client.pipeline(transaction=False)
         pipeline.exists(transport.EPOCH_KEY)
         for backend in backends:
-            pipeline.llen(backend)
-        is_known, *lengths = await pipeline.execute()
+            for level in Level:
+                pipeline.llen(transport.queue_key(backend, level.step))
+        is_known, *answers = await pipeline.execute()
     except transport.DOWN:
         return Queues(None)
-    return Queues(dict(zip(backends, lengths, strict=True)), is_wiped=not is_known)
+    lengths = {backend: sum(answers[n * len(Level) : (n + 1) * len(Level)]) for n, backend in enumerate(backends)}
+    return Queues(lengths, is_wiped=not is_known)
 
 
 def main() -> int:

@@ -4,7 +4,7 @@ A candidate is a (model, backend) pair. Each is dropped for a reason or scored w
 which it is expected to finish the call; the lowest score wins. The whole Decision is kept on the job.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.base import Capabilities
@@ -13,6 +13,7 @@ from catalog import BackendSpec, Catalog, ModelSpec
 from db.job_views import Depth
 from db.workers import Life
 from tasks.call import Call
+from tasks.fair_share import Level
 
 _UNKNOWN_TOKEN_MS = 40.0
 _UNKNOWN_RUN_MS = 200.0
@@ -75,6 +76,8 @@ class Decision:
     chosen: Candidate | None
     reason: str
     candidates: tuple[Candidate, ...]
+    level: Level = Level.WITHIN_SHARE
+    """Of the backend's queue, where the job waits."""
 
 
 def models_for(catalog: Catalog, call: Call) -> list[ModelSpec]:
@@ -94,17 +97,19 @@ def choose(
     loads: Mapping[str, Load],
     *,
     can_wait: bool,
+    crowded: Collection[str] = (),
 ) -> Decision:
     """Choose model and backend.
 
     `tokenised` has the call as each candidate model would run it, or the reason why that model cannot
-    take it. `can_wait` lets a job queue for a backend whose workers are away. A fallback model is
+    take it. `can_wait` lets a job queue for a backend whose workers are away. `crowded` names the backends whose
+    queues have no room for more of this tenant. A fallback model is
     considered only when the models before it have no candidate left.
     """
     candidates: list[Candidate] = []
     for model in models_for(catalog, call):
         ready = tokenised.get(model.name, "unknown_model")
-        new = [_candidate(call, model, backend, ready, loads) for backend in catalog.serving(model)]
+        new = [_candidate(call, model, backend, ready, loads, crowded) for backend in catalog.serving(model)]
         candidates += new
         if call.model != "auto" and any(one.dropped is None for one in new):
             break
@@ -119,7 +124,12 @@ def choose(
 
 
 def _candidate(
-    call: Call, model: ModelSpec, backend: BackendSpec, ready: Call | str, loads: Mapping[str, Load]
+    call: Call,
+    model: ModelSpec,
+    backend: BackendSpec,
+    ready: Call | str,
+    loads: Mapping[str, Load],
+    crowded: Collection[str],
 ) -> Candidate:
     capabilities = backend_class(backend.runtime).capabilities
     if call.task not in model.tasks or call.task not in capabilities.tasks:
@@ -133,7 +143,7 @@ def _candidate(
     if not load.is_ready:
         return Candidate(model.name, backend.name, dropped="loading" if load.is_loading else "no_worker")
     score, facts = _score(ready, model, load)
-    is_full = load.depth.num_queued >= backend.entry.max_queued
+    is_full = load.depth.num_queued >= backend.entry.max_queued or backend.name in crowded
     if is_full or load.depth.queued_tokens >= backend.entry.max_queued_tokens:
         return Candidate(model.name, backend.name, dropped="queue_full", facts=facts)
     return Candidate(model.name, backend.name, score_ms=round(score, 2), facts=facts)

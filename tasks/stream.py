@@ -11,7 +11,7 @@ off until now, appends behind it has a lower token, and every reader passes over
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -214,7 +214,9 @@ class Watch:
 class Subscriber:
     """The one subscription of a gateway process: wakes everyone who waits for a job or reads its stream."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, on_ended: Callable[[list[str]], None]) -> None:
+        """`on_ended` hears of the end of every job, whoever waits for it."""
+        self._on_ended = on_ended
         self._client = transport.connect(url)
         self._pubsub = transport.connect(url, timeout_s=30).pubsub()
         self._watches: dict[str, set[Watch]] = {}
@@ -365,7 +367,9 @@ class Subscriber:
             for reader in self._readers.get(channel, ()):
                 reader.subscribed.set()
         elif message["type"] == "message" and channel == transport.DONE_CHANNEL.encode():
-            self.ended(job_id for job_id, _ in orjson.loads(message["data"]))
+            ended = [job_id for job_id, _ in orjson.loads(message["data"])]
+            self.ended(ended)
+            self._on_ended(ended)
         elif message["type"] == "message":
             batch = decode(message["data"])
             for reader in self._readers.get(channel, ()):

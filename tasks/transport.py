@@ -32,6 +32,11 @@ CHUNKS = "switchyard:chunks:{}"
 CHUNKS_TTL_S = 900
 
 
+def queue_key(backend: str, level: int) -> str:
+    """The list that holds one level of a backend's queue, as kombu names it."""
+    return f"{backend}\x06\x16{level}" if level else backend
+
+
 def chunks_key(job_id: object) -> str:
     return CHUNKS.format(job_id)
 

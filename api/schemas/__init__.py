@@ -58,6 +58,7 @@ class JobSubmission:
     metadata: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     deadline: float | None = None
+    priority: str = "default"
 
 
 def parse(endpoint: str, body: dict[str, Any], limits: LimitsEntry = _DEFAULT_LIMITS) -> Call:
@@ -74,7 +75,9 @@ def parse_job(body: dict[str, Any], limits: LimitsEntry = _DEFAULT_LIMITS) -> Jo
         call = parse(job.endpoint, job.body, limits)
     except errors.APIError as error:
         raise type(error)(error.message, param=f"body.{error.param}" if error.param else "body") from None
-    return JobSubmission(call=call, metadata=job.metadata or {}, timeout_s=job.timeout_s, deadline=job.deadline)
+    return JobSubmission(
+        call=call, metadata=job.metadata or {}, timeout_s=job.timeout_s, deadline=job.deadline, priority=job.priority
+    )
 
 
 def read(model: type[AnyWireModel], body: dict[str, Any]) -> AnyWireModel:

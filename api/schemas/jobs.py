@@ -13,6 +13,7 @@ class JobRequest(WireModel):
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify", "/v1/rerank"]
     body: dict[str, Any]
     metadata: Metadata | None = None
+    priority: Literal["priority", "default", "flex"] = "default"
     timeout_s: (
         Annotated[float, Field(gt=0, le=604_800, description="Seconds until the job expires if it has not ended.")]
         | None

@@ -214,7 +214,7 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     (JOBS, "timeout_s", 604_801, "number_out_of_range", None),
     (JOBS, "timeout_s", SECRET, "validation_error", None),
     (JOBS, "metadata", {"k": 1}, "validation_error", None),
-    (JOBS, "priority", 1, "unknown_field", None),
+    (JOBS, "priority", 1, "validation_error", None),
     (TOKENIZE, "prompt", MISSING, "validation_error", None),
     (TOKENIZE, "prompt", [SECRET], "validation_error", None),
     (TOKENIZE, "messages", message(), "validation_error", "prompt"),

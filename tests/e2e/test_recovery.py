@@ -205,10 +205,12 @@ def test_what_killed_every_worker_is_refused_for_a_while(stack: Stack) -> None:
             with contextlib.suppress(AssertionError):
                 stack.start_worker("echo", wait_s=10)
         assert client.get(path, params={"wait": 30}).json()["error"]["code"] == "attempts_exhausted"
+        good = body | {"prompt": "good", "options": {}}
+        stack.wait_until(lambda: client.post("/v1/completions", json=good).status_code == 200, "worker is back", 60)
         time.sleep(1.5)  # gateways hear of it with their next survey
         refused = client.post("/v1/completions", json=body)
         assert (refused.json()["error"]["code"], refused.headers["x-should-retry"]) == ("quarantined", "false")
-        assert client.post("/v1/completions", json=body | {"prompt": "good", "options": {}}).status_code == 200
+        assert client.post("/v1/completions", json=good).status_code == 200
 
 
 def test_bystanders_outlive_a_job_that_kills_its_workers(stack: Stack) -> None:

@@ -159,7 +159,7 @@ class Product:
         tasks = SimpleNamespace(current_task=lambda: kernel.current, CancelledError=asyncio.CancelledError)
         self.inference = _led_over(
             inference, asyncio=tasks, time=clock, log=silent, metrics=silent, Call=SimCall, _compute=compute,
-            celery=SimpleNamespace(message=lambda job_id, task, backend: job_id),
+            celery=SimpleNamespace(message=lambda job_id, task, backend, level: job_id),
             responses=SimpleNamespace(usage_of=lambda call, outputs: {"prompt_tokens": 1, "completion_tokens": 1}),
         )  # fmt: skip
         self.reconciler = _led_over(

@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,9 +19,10 @@ models: {echo: {path: echo, backends: [echo]}}
 """
 
 
-@pytest.fixture(scope="module")
-def stack(server_urls: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    for stack in running(server_urls, tmp_path_factory.mktemp("fair-share"), CONFIG, []):
+@pytest.fixture
+def stack(server_urls: tuple[str, str], tmp_path: Path) -> Iterator[Stack]:
+    """Each test has its own: a backlog that one leaves behind would decide what another may queue."""
+    for stack in running(server_urls, tmp_path, CONFIG, []):
         stack.start_worker("echo", slots=2)
         yield stack
 

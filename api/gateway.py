@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import orjson
 import structlog
@@ -19,7 +20,7 @@ from api import errors, fingerprints, ids, refusals, wishes
 from api.prompts import Prompts
 from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
-from catalog import ModelSpec
+from catalog import Catalog, ModelSpec
 from db import accept, cache, job_views, jobs, request_log, workers
 from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
@@ -40,6 +41,7 @@ _SURVEY_S = 0.5
 _SWEEP_S = 1.0
 _KEEP_ALIVE_S = 10.0
 _TOUCH_S = 5.0
+_MOST_NARROWED = 1000
 _LONG_S = 6.0
 """For statements whose work grows with the tables: a little more than Postgres's own limit."""
 
@@ -90,6 +92,8 @@ class Gateway:
         self._dead_letters = Lane(url, job_views.dead_letters, silence_s=_LONG_S)
         self._requeues = Lane(url, jobs.retry)
         self.purges = Lane(url, cache.purge, silence_s=_LONG_S)
+        # One piece of work at a time and once: what it does need not be safe to repeat.
+        self.admin = Lane(url, _in_turn, max_batch=1, patience_s=0.0, silence_s=_LONG_S)
         self.cache_stats = Lane(url, cache.stats, silence_s=_LONG_S)
         self.log_entries = Lane(url, request_log.append, is_durable=False, linger_s=0.1, max_batch=5000)
         self._surveys = Lane(url, self._described)
@@ -106,6 +110,8 @@ class Gateway:
         """time.monotonic() of the last time Postgres described its workers and queues."""
         self._hits: dict[bytes, int] = {}
         self.recent_hits = RecentHits(self._hits)
+        self._narrowed: dict[tuple[str, ...], Catalog] = {}
+        """By the models of a key."""
         self._background = [
             asyncio.create_task(self._every(_SURVEY_S, self._survey), name="survey"),
             asyncio.create_task(self._every(_SWEEP_S, self._sweep), name="sweep"),
@@ -134,7 +140,8 @@ class Gateway:
     async def submit(self, call: Call, caller: ApiKey, wish: Wish, request_id: str) -> Hit | Accepted:
         """Answer from the cache, join a job, or make one. Whatever refuses the call raises before a row exists."""
         steps = _Steps()
-        models = self._models(call)
+        served = self.catalog_for(caller)
+        models = self._models(call, served)
         plan = wishes.plan_cache(call, wish.cache, self.catalog.cache)
         keys = {model.name: fingerprints.cache_key(call, model, caller.tenant) for model in models}
         if (joined := await self._join(call, caller, wish, list(keys.values()))) is not None:
@@ -147,7 +154,7 @@ class Gateway:
             raise errors.OnlyIfCached()
         tokenised, mistakes = await self._tokenise(call, models)
         steps.mark("tokenise_ms")
-        decision = self._route(call, tokenised, mistakes, wish)
+        decision = self._route(call, served, tokenised, mistakes, wish)
         steps.mark("route_ms")
         assert decision.chosen is not None
         ready = tokenised[decision.chosen.model]
@@ -250,6 +257,17 @@ class Gateway:
             return errors.JobCancelled()
         return errors.from_job(outcome.error or {})
 
+    def catalog_for(self, caller: ApiKey) -> Catalog:
+        """What is served to this caller: a model outside its key's scope does not exist for it."""
+        if caller.models is None:
+            return self.catalog
+        known = self._narrowed.get(caller.models)
+        if known is None:
+            if len(self._narrowed) >= _MOST_NARROWED:
+                self._narrowed.clear()
+            known = self._narrowed[caller.models] = self.catalog.narrowed(caller.models)
+        return known
+
     def model_state(self, model: ModelSpec) -> str:
         """ready, loading or down, by the best of the model's backends."""
         loads = [self.loads.get(name, Load()) for name in model.entry.backends]
@@ -294,8 +312,8 @@ class Gateway:
         return Accepted(job_id, view.flight_id, call, view.model, view.backend, view.decision["reason"],
                         int(view.created_at.timestamp()), view.cache_verdict, watch, is_replayed=True)  # fmt: skip
 
-    def _models(self, call: Call) -> list[ModelSpec]:
-        models = router.models_for(self.catalog, call)
+    def _models(self, call: Call, served: Catalog) -> list[ModelSpec]:
+        models = router.models_for(served, call)
         if not models:
             raise errors.ModelNotFound(param="model")
         if not any(call.task in model.tasks for model in models):
@@ -329,9 +347,9 @@ class Gateway:
                 mistakes[model.name] = error
         return tokenised, mistakes
 
-    def _route(self, call: Call, tokenised: dict[str, Call | str], mistakes: dict[str, errors.APIError],
-               wish: Wish) -> Decision:  # fmt: skip
-        decision = router.choose(self.catalog, call, tokenised, self.loads, can_wait=wish.is_async)
+    def _route(self, call: Call, served: Catalog, tokenised: dict[str, Call | str],
+               mistakes: dict[str, errors.APIError], wish: Wish) -> Decision:  # fmt: skip
+        decision = router.choose(served, call, tokenised, self.loads, can_wait=wish.is_async)
         if decision.chosen is None:
             raise refusals.of(decision, mistakes)
         asked = call.model if call.model == "auto" else decision.candidates[0].model
@@ -450,6 +468,10 @@ class Gateway:
         hits = dict(self._hits)
         self._hits.clear()
         await asyncio.gather(*[self._touches.submit(hit) for hit in hits.items()])
+
+
+def _in_turn(cursor: Cursor, works: Sequence[Callable[[Cursor], Any]]) -> list[Any]:
+    return [work(cursor) for work in works]
 
 
 class _Steps:

@@ -44,8 +44,8 @@ class BackendEntry(_Entry):
 class PriceEntry(_Entry):
     """What a million tokens cost, in any currency, to the third decimal: what budgets and usage count in."""
 
-    input: float = Field(0.0, ge=0, le=1_000_000)
-    output: float = Field(0.0, ge=0, le=1_000_000)
+    input: float = Field(0.0, ge=0, le=100_000)
+    output: float = Field(0.0, ge=0, le=100_000)
 
     @property
     def input_nano(self) -> int:

@@ -17,7 +17,7 @@ import settings
 from api import key_commands, tenant_commands, views
 from api.terminal import Json, console, fail, ledger, show
 from catalog import Catalog, CatalogError
-from db import cache, job_views, jobs, session, workers
+from db import budgets, cache, job_views, jobs, session, workers
 from db.cache import Purge
 from db.job_views import DeadLetters, Filter
 from db.models import JobStatus
@@ -182,7 +182,9 @@ def retry_jobs(
     with ledger() as cursor:
         wanted = DeadLetters(tenant=tenant, model=model, code=code, limit=limit)
         ids = job_ids or job_views.dead_letters(cursor, [wanted])[0]
-        retried = [found for found in jobs.retry(cursor, [(job_id, None) for job_id in ids]) if found is not None]
+        retried = [
+            found for found in budgets.retry(cursor, [(job_id, None) for job_id in ids]) if isinstance(found, tuple)
+        ]
     console.print(f"queued {len(retried)} of {len(ids)} again")
 
 

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import structlog
@@ -21,9 +21,10 @@ from api.prompts import Prompts
 from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
 from catalog import Catalog, ModelSpec
-from db import accept, cache, job_views, jobs, request_log, workers
+from db import accept, budgets, cache, job_views, jobs, request_log, workers
 from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
+from db.budgets import Refused
 from db.cache import Hit
 from db.job_views import DeadLetters, Depth, Outcome
 from db.lanes import Lane, LaneDown
@@ -36,6 +37,8 @@ from tasks.router import Decision, Load
 from tasks.stream import Interrupted, Subscriber, Watch
 
 log = structlog.get_logger()
+
+Recorded = TypeVar("Recorded", Inserted, Reserved)
 
 _SURVEY_S = 0.5
 _SWEEP_S = 1.0
@@ -82,6 +85,8 @@ class Gateway:
         self._durable_inserts = Lane(url, accept.insert)
         self._relaxed_inserts = Lane(url, accept.insert, is_durable=False)
         self._keyed_inserts = Lane(url, accept.insert_once)
+        self._budgeted_inserts = Lane(url, budgets.insert)
+        self._budgeted_keyed_inserts = Lane(url, budgets.insert_once)
         self._keys = Lane(url, accept.find_key)
         self._retries = Lane(url, accept.find_live)
         self.outcomes = Lane(url, job_views.outcome)
@@ -90,7 +95,7 @@ class Gateway:
         self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
         self.cancels = Lane(url, jobs.cancel)
         self._dead_letters = Lane(url, job_views.dead_letters, silence_s=_LONG_S)
-        self._requeues = Lane(url, jobs.retry)
+        self._requeues = Lane(url, budgets.retry)
         self.purges = Lane(url, cache.purge, silence_s=_LONG_S)
         # One piece of work at a time and once: what it does need not be safe to repeat.
         self.admin = Lane(url, _in_turn, max_batch=1, patience_s=0.0, silence_s=_LONG_S)
@@ -237,16 +242,24 @@ class Gateway:
 
     async def retry(self, job_id: uuid.UUID, tenant: str) -> bool:
         """Queue a failed or expired job again; False if it is neither."""
-        found = await self._requeues.submit((job_id, tenant))
-        if found is not None:
-            inference.enqueue(self._outbox, [(job_id, *found)])
-        return found is not None
+        found = await self._requeue(job_id, tenant)
+        if isinstance(found, Refused):
+            raise refusals.of_budget(found)
+        return found
 
     async def retry_all(self, wanted: DeadLetters) -> int:
         """Queue the failed jobs that match again; how many they were."""
         assert wanted.tenant is not None
         ids = await self._dead_letters.submit(wanted)
-        return sum(await asyncio.gather(*[self.retry(job_id, wanted.tenant) for job_id in ids]))
+        return (await asyncio.gather(*[self._requeue(job_id, wanted.tenant) for job_id in ids])).count(True)
+
+    async def _requeue(self, job_id: uuid.UUID, tenant: str) -> bool | Refused:
+        found = await self._requeues.submit((job_id, tenant))
+        if isinstance(found, Refused):
+            return found
+        if found is not None:
+            inference.enqueue(self._outbox, [(job_id, *found)])
+        return found is not None
 
     @staticmethod
     def error_of(outcome: Outcome | None) -> errors.APIError:
@@ -359,6 +372,7 @@ class Gateway:
     def _new_job(self, call: Call, caller: ApiKey, wish: Wish, request_id: str, decision: Decision, verdict: str,
                  plan: CachePlan, keys: dict[str, bytes], timings: dict[str, float]) -> NewJob:  # fmt: skip
         assert decision.chosen is not None
+        price = self.catalog.models[call.model].entry.price
         return NewJob(
             id=ids.uuid7(),
             tenant=caller.tenant,
@@ -384,6 +398,9 @@ class Gateway:
             deadline=wish.deadline,
             # A stream shares a run with streams: of another, it would see nothing before the end.
             coalesce_key=keys[call.model] + bytes([call.stream]) if plan.is_read else None,
+            input_price=price.input_nano,
+            output_price=price.output_nano,
+            reserved_tokens=call.most_tokens if caller.has_budget else None,
         )
 
     async def _accept(self, job: NewJob, call: Call, reason: str, caller: ApiKey, wish: Wish) -> Accepted:
@@ -415,8 +432,13 @@ class Gateway:
         """
         if wish.idempotency_key is not None:
             key = Idempotency(caller.id, wish.idempotency_key, fingerprints.request(call, wish))
-            reserved = await self._keyed_inserts.submit((key, job))
+            if caller.has_budget:
+                reserved = _admitted(await self._budgeted_keyed_inserts.submit((key, job)))
+            else:
+                reserved = await self._keyed_inserts.submit((key, job))
             return reserved.inserted or reserved
+        if caller.has_budget:
+            return _admitted(await self._budgeted_inserts.submit(job))
         is_promised = job.is_stream or wish.is_async or wish.wait_s < 1.0
         return await (self._durable_inserts if is_promised else self._relaxed_inserts).submit(job)
 
@@ -468,6 +490,12 @@ class Gateway:
         hits = dict(self._hits)
         self._hits.clear()
         await asyncio.gather(*[self._touches.submit(hit) for hit in hits.items()])
+
+
+def _admitted(answer: "Recorded | Refused") -> "Recorded":
+    if isinstance(answer, Refused):
+        raise refusals.of_budget(answer)
+    return answer
 
 
 def _in_turn(cursor: Cursor, works: Sequence[Callable[[Cursor], Any]]) -> list[Any]:

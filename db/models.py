@@ -165,7 +165,7 @@ class Job(Base):
     input_price: Mapped[int] = mapped_column(server_default=text("0"))
     """Of one prompt token, in 1e-9 of the currency, as it was when the job was accepted."""
     output_price: Mapped[int] = mapped_column(server_default=text("0"))
-    reserved_tokens: Mapped[int | None]
+    reserved_tokens: Mapped[int | None] = mapped_column(BigInteger)
     """The most tokens that it can use, held against its key's and tenant's budgets. NULL: these have none."""
     reserved_on: Mapped[datetime.date | None]
     """The day (UTC) whose budget it counts against."""

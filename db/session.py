@@ -4,6 +4,8 @@ Bounds are part of the connection, so no statement can hang a caller: 2 s to con
 2 s for a lock, and a dead peer is noticed within 10 s.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
@@ -39,6 +41,18 @@ def connect(url: str, application_name: str, *, is_durable: bool = True, idle_s:
     )
     connection.autocommit = True
     return connection
+
+
+@contextlib.contextmanager
+def transaction(cursor: Cursor) -> Iterator[None]:
+    """What happens inside is committed together, or not at all."""
+    cursor.execute("BEGIN")
+    try:
+        yield
+        cursor.execute("COMMIT")
+    except BaseException:
+        cursor.execute("ROLLBACK")
+        raise
 
 
 def create_pool(url: str, application_name: str, size: int = 4) -> Engine:

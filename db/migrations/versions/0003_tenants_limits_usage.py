@@ -59,7 +59,7 @@ def upgrade() -> None:
     )
     op.add_column("jobs", _count("input_price", sa.Integer))
     op.add_column("jobs", _count("output_price", sa.Integer))
-    op.add_column("jobs", sa.Column("reserved_tokens", sa.Integer(), nullable=True))
+    op.add_column("jobs", sa.Column("reserved_tokens", sa.BigInteger(), nullable=True))
     op.add_column("jobs", sa.Column("reserved_on", sa.Date(), nullable=True))
     op.add_column("jobs", sa.Column("is_settled", sa.Boolean(), server_default=sa.text("false"), nullable=False))
     op.create_index(

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api import errors
+from api import errors, rate_limits
 from db import api_keys
 from db.api_keys import ApiKey
 from db.lanes import Lane, LaneDown
@@ -101,6 +101,8 @@ async def _caller(request: Request) -> ApiKey:
         raise errors.Unauthorized()
     entry = request.state.log
     entry.tenant, entry.api_key_id = key.tenant, key.id
+    if rate_limits.is_limited(key):
+        request.state.limited = key
     return key
 
 

@@ -18,10 +18,11 @@ import catalog
 import settings
 from api import errors, fingerprints, ids, refusals, wishes
 from api.prompts import Prompts
+from api.rate_limits import RateLimits
 from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
 from catalog import Catalog, ModelSpec
-from db import accept, budgets, cache, job_views, jobs, request_log, workers
+from db import accept, budgets, cache, job_views, jobs, request_log, session, workers
 from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
 from db.budgets import Refused
@@ -32,6 +33,7 @@ from db.models import TERMINAL, JobStatus
 from db.session import Cursor
 from tasks import inference, metrics, replay, router, transport
 from tasks.call import Call
+from tasks.limiter import Limiter
 from tasks.responses import Frames, Identity
 from tasks.router import Decision, Load
 from tasks.stream import Interrupted, Subscriber, Watch
@@ -105,6 +107,7 @@ class Gateway:
         self._ended = Lane(url, job_views.ended)
         self._redis = transport.connect(config.redis_url)
         self._outbox = transport.Outbox(self._redis)
+        self.rate_limits = RateLimits(Limiter(self._redis, num_processes=config.gateway_processes))
         self.subscriber = Subscriber(config.redis_url)
         self.loads: dict[str, Load] = {}
         self._quarantined: frozenset[bytes] = frozenset()
@@ -150,10 +153,12 @@ class Gateway:
         plan = wishes.plan_cache(call, wish.cache, self.catalog.cache)
         keys = {model.name: fingerprints.cache_key(call, model, caller.tenant) for model in models}
         if (joined := await self._join(call, caller, wish, list(keys.values()))) is not None:
+            await self._take(caller, 0, joined)
             return joined
         hit, verdict = await self._look_up(plan, wish, list(keys.values()))
         steps.mark("cache_ms")
         if hit is not None:
+            await self.rate_limits.take(caller, 0)
             return hit
         if wish.cache.is_only_if_cached:
             raise errors.OnlyIfCached()
@@ -167,6 +172,7 @@ class Gateway:
         ready = replace(ready, model=decision.chosen.model)
         if keys[ready.model] in self._quarantined:
             raise errors.Quarantined()
+        await self.rate_limits.take(caller, ready.most_tokens)
         if plan.is_refresh:
             self.recent_hits.clear()
         job = self._new_job(ready, caller, wish, request_id, decision, verdict, plan, keys, steps.done)
@@ -304,6 +310,14 @@ class Gateway:
             if job_id is not None:
                 return await self._watch_again(job_id, call, caller)
         return None
+
+    async def _take(self, caller: ApiKey, tokens: int, joined: Accepted) -> None:
+        """As `rate_limits.take`, for one who watches a job already."""
+        try:
+            await self.rate_limits.take(caller, tokens)
+        except BaseException:
+            joined.watch.close()
+            raise
 
     async def _rejoin(self, held: Reserved, asked: bytes, call: Call, caller: ApiKey) -> Accepted:
         if held.fingerprint != asked:
@@ -469,6 +483,9 @@ class Gateway:
 
     def _described(self, cursor: Cursor, items: Sequence[None]) -> "list[_Described]":
         quarantined = job_views.quarantined(cursor, self.config.quarantine_s)
+        if self.rate_limits.is_used:
+            # Each gateway has one session for this very statement, and loses it with its life.
+            self.rate_limits.limiter.num_processes = session.count(cursor, self._surveys.name)
         return [_Described(workers.alive(cursor), job_views.depths(cursor), quarantined)] * len(items)
 
     async def _survey(self) -> None:

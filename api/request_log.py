@@ -43,7 +43,9 @@ class RequestLog:
                 entry.status_code = message["status"]
                 headers = message["headers"]
                 if not any(name == b"x-request-id" for name, _ in headers):
-                    message["headers"] = [*headers, raw_id]
+                    headers = message["headers"] = [*headers, raw_id]
+                if (limited := state.get("limited")) is not None:
+                    message["headers"] = [*headers, *await scope["app"].state.gateway.rate_limits.headers(limited)]
             await send(message)
 
         try:

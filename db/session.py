@@ -67,6 +67,17 @@ def create_pool(url: str, application_name: str, size: int = 4) -> Engine:
     )
 
 
+def count(cursor: Cursor, application_name: str) -> int:
+    """How many sessions of that name this database has."""
+    cursor.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()",
+        (application_name,),
+    )
+    row = cursor.fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 def server_setting(cursor: Cursor, name: str) -> str:
     """What the server runs with."""
     cursor.execute("SELECT current_setting(%s)", (name,))

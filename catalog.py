@@ -8,8 +8,8 @@ says its context length and what kind of head it has.
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -41,6 +41,22 @@ class BackendEntry(_Entry):
     options: dict[str, Any] = Field(default_factory=dict, description="Passed to the runtime; see its file.")
 
 
+class PriceEntry(_Entry):
+    """What a million tokens cost, in any currency, to the third decimal: what budgets and usage count in."""
+
+    input: float = Field(0.0, ge=0, le=100_000)
+    output: float = Field(0.0, ge=0, le=100_000)
+
+    @property
+    def input_nano(self) -> int:
+        """Of one prompt token, in 1e-9 of the currency."""
+        return round(self.input * 1000)
+
+    @property
+    def output_nano(self) -> int:
+        return round(self.output * 1000)
+
+
 class ModelEntry(_Entry):
     """One model name and the backends that serve it, best first when nothing else decides."""
 
@@ -53,6 +69,7 @@ class ModelEntry(_Entry):
     fallback: list[str] = Field(default_factory=list, description="Models tried when no worker is up.")
     auto: bool = Field(True, description="May be chosen for model 'auto'.")
     mask: list[str] = Field(default_factory=list, description="Output filter: strings replaced by ***.")
+    price: PriceEntry = Field(PriceEntry(), description="Of a million tokens; budgets and usage count in it.")
 
 
 class LimitsEntry(_Entry):
@@ -124,6 +141,18 @@ class Catalog:
     def model(self, name: str) -> ModelSpec | None:
         """The model called `name`, by its own name or an alias."""
         return self.models.get(self.aliases.get(name, name))
+
+    def narrowed(self, names: Collection[str]) -> "Catalog":
+        """This catalog as it is for somebody who may use only the models with these names or aliases: the
+        others do not exist, also not as fallbacks."""
+        kept = {self.aliases.get(name, name) for name in names}
+        models = {
+            name: replace(model, entry=model.entry.model_copy(
+                update={"fallback": [other for other in model.entry.fallback if other in kept]}))
+            for name, model in self.models.items() if name in kept
+        }  # fmt: skip
+        aliases = {alias: name for alias, name in self.aliases.items() if name in kept}
+        return replace(self, models=models, aliases=aliases)
 
     def serving(self, model: ModelSpec) -> list[BackendSpec]:
         """The backends that serve `model`, in the order the file lists them."""

@@ -6,6 +6,7 @@ is declared in `switchyard.yaml` and read by `catalog.py`.
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -23,6 +24,9 @@ class Settings(BaseSettings):
     redis_url: str = Field("", description="redis:// URL. Empty: the embedded Valkey under SWITCHYARD_HOME.")
     host: str = Field("127.0.0.1", description="Address the gateway listens on.")
     port: int = Field(8080, description="Port the gateway listens on.")
+    admin_api: Literal["loopback", "all", "off"] = Field(
+        "loopback", description="Who is served /admin/v1: callers on this machine, all, or nobody (off)."
+    )
     gateway_processes: int = Field(1, ge=1, description="Gateway processes behind the one port.")
     flower_port: int = Field(5555, description="Port Flower listens on, loopback only.")
     metrics_port: int = Field(

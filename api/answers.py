@@ -48,7 +48,9 @@ async def infer(request: Request, endpoint: str, caller: ApiKey) -> Response:
     limits = gateway.catalog.limits
     body = await decoding.read_body(request, limits)
     wish = wishes.read(request.headers, gateway.config.wait_s)
-    recent = (caller.tenant, endpoint, body) if wish.is_plain else None
+    # Past the recent hits nobody asks which models a key may use, and how often.
+    is_plain = wish.is_plain and caller.models is None and not caller.has_rate_limit
+    recent = (caller.tenant, endpoint, body) if is_plain else None
     if recent is not None and (known := gateway.recent_hits.get(recent)) is not None:
         entry: Entry = request.state.log
         entry.requested_model, entry.is_stream = known.call.model, known.call.stream

@@ -31,7 +31,7 @@ class APIError(Exception):
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
     default: ClassVar[str] = "Something went wrong on our side."
-    is_permanent: ClassVar[bool] = False
+    is_permanent: bool = False
     """Sent as `x-should-retry: false`: OpenAI's SDKs otherwise retry 409, 429 and every 5xx."""
     default_retry_s: ClassVar[float | None] = None
     problem: ClassVar[str] = "about:blank"
@@ -39,13 +39,16 @@ class APIError(Exception):
     extra_headers: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
-        self, message: str | None = None, *, param: str | None = None, retry_after_s: float | None = None
-    ) -> None:
+        self, message: str | None = None, *, param: str | None = None, retry_after_s: float | None = None,
+        is_permanent: bool | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message or self.default)
         self.message = message or self.default
         self.param = param
         """The request's field, as a dotted path."""
         self.retry_after_s = self.default_retry_s if retry_after_s is None else retry_after_s
+        if is_permanent is not None:
+            self.is_permanent = is_permanent
 
 
 class InvalidRequest(APIError):
@@ -117,6 +120,14 @@ class JobNotFound(InvalidRequest):
     status, code, default = 404, "job_not_found", "There is no such job."
 
 
+class KeyNotFound(InvalidRequest):
+    status, code, default = 404, "key_not_found", "There is no such living API key."
+
+
+class TenantNotFound(InvalidRequest):
+    status, code, default = 404, "tenant_not_found", "There is no such tenant."
+
+
 class NotFound(InvalidRequest):
     status, code, default = 404, "not_found", "There is no such path."
 
@@ -132,7 +143,7 @@ class Unauthorized(APIError):
 
 
 class Forbidden(APIError):
-    status, type, code, default = 403, "permission_error", "forbidden", "This API key may not do that."
+    status, type, code, default = 403, "permission_error", "permission_denied", "This API key may not do that."
 
 
 class ConflictState(InvalidRequest):
@@ -170,9 +181,19 @@ class GatewayStopping(APIError):
 
 
 class RateLimited(APIError):
-    status, type, code = 429, "rate_limit_error", "rate_limited"
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
     default = "The API key's rate limit is reached."
     default_retry_s = 1.0
+    problem = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+
+
+class InsufficientQuota(APIError):
+    """Of a day's budget, what is left does not hold the request."""
+
+    status, type, code = 429, "insufficient_quota", "insufficient_quota"
+    default = "The API key's budget of the day is used up."
+    default_retry_s = 60.0
+    is_permanent = True
     problem = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 
 

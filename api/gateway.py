@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import orjson
 import structlog
@@ -17,12 +18,14 @@ import catalog
 import settings
 from api import errors, fingerprints, ids, refusals, wishes
 from api.prompts import Prompts
+from api.rate_limits import RateLimits
 from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
-from catalog import ModelSpec
-from db import accept, cache, job_views, jobs, request_log, workers
+from catalog import Catalog, ModelSpec
+from db import accept, budgets, cache, job_views, jobs, request_log, session, workers
 from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
+from db.budgets import Refused
 from db.cache import Hit
 from db.job_views import Backlog, DeadLetters, Depth, Outcome
 from db.lanes import Lane, LaneDown
@@ -31,16 +34,20 @@ from db.session import Cursor
 from tasks import inference, metrics, replay, router, transport
 from tasks.call import Call
 from tasks.fair_share import FairShare, Level, Priority
+from tasks.limiter import Limiter
 from tasks.responses import Frames, Identity
 from tasks.router import Decision, Load
 from tasks.stream import Interrupted, Subscriber, Watch
 
 log = structlog.get_logger()
 
+Recorded = TypeVar("Recorded", Inserted, Reserved)
+
 _SURVEY_S = 0.5
 _SWEEP_S = 1.0
 _KEEP_ALIVE_S = 10.0
 _TOUCH_S = 5.0
+_MOST_NARROWED = 1000
 _LONG_S = 6.0
 """For statements whose work grows with the tables: a little more than Postgres's own limit."""
 
@@ -81,6 +88,8 @@ class Gateway:
         self._durable_inserts = Lane(url, accept.insert)
         self._relaxed_inserts = Lane(url, accept.insert, is_durable=False)
         self._keyed_inserts = Lane(url, accept.insert_once)
+        self._budgeted_inserts = Lane(url, budgets.insert)
+        self._budgeted_keyed_inserts = Lane(url, budgets.insert_once)
         self._keys = Lane(url, accept.find_key)
         self._retries = Lane(url, accept.find_live)
         self.outcomes = Lane(url, job_views.outcome)
@@ -89,8 +98,10 @@ class Gateway:
         self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
         self.cancels = Lane(url, jobs.cancel)
         self._dead_letters = Lane(url, job_views.dead_letters, silence_s=_LONG_S)
-        self._requeues = Lane(url, jobs.retry)
+        self._requeues = Lane(url, budgets.retry)
         self.purges = Lane(url, cache.purge, silence_s=_LONG_S)
+        # One piece of work at a time and once: what it does need not be safe to repeat.
+        self.admin = Lane(url, _in_turn, max_batch=1, patience_s=0.0, silence_s=_LONG_S)
         self.cache_stats = Lane(url, cache.stats, silence_s=_LONG_S)
         self.log_entries = Lane(url, request_log.append, is_durable=False, linger_s=0.1, max_batch=5000)
         self._surveys = Lane(url, self._described)
@@ -98,6 +109,7 @@ class Gateway:
         self._redis = transport.connect(config.redis_url)
         self._outbox = transport.Outbox(self._redis)
         self._shares = FairShare()
+        self.rate_limits = RateLimits(Limiter(self._redis, num_processes=config.gateway_processes))
         self.subscriber = Subscriber(config.redis_url, self._shares.ended)
         self.loads: dict[str, Load] = {}
         self._quarantined: frozenset[bytes] = frozenset()
@@ -108,6 +120,8 @@ class Gateway:
         """time.monotonic() of the last time Postgres described its workers and queues."""
         self._hits: dict[bytes, int] = {}
         self.recent_hits = RecentHits(self._hits)
+        self._narrowed: dict[tuple[str, ...], Catalog] = {}
+        """By the models of a key."""
         self._background = [
             asyncio.create_task(self._every(_SURVEY_S, self._survey), name="survey"),
             asyncio.create_task(self._every(_SWEEP_S, self._sweep), name="sweep"),
@@ -136,20 +150,23 @@ class Gateway:
     async def submit(self, call: Call, caller: ApiKey, wish: Wish, request_id: str) -> Hit | Accepted:
         """Answer from the cache, join a job, or make one. Whatever refuses the call raises before a row exists."""
         steps = _Steps()
-        models = self._models(call)
+        served = self.catalog_for(caller)
+        models = self._models(call, served)
         plan = wishes.plan_cache(call, wish.cache, self.catalog.cache)
         keys = {model.name: fingerprints.cache_key(call, model, caller.tenant) for model in models}
         if (joined := await self._join(call, caller, wish, list(keys.values()))) is not None:
+            await self._take(caller, 0, joined)
             return joined
         hit, verdict = await self._look_up(plan, wish, list(keys.values()))
         steps.mark("cache_ms")
         if hit is not None:
+            await self.rate_limits.take(caller, 0)
             return hit
         if wish.cache.is_only_if_cached:
             raise errors.OnlyIfCached()
         tokenised, mistakes = await self._tokenise(call, models)
         steps.mark("tokenise_ms")
-        decision = self._route(call, tokenised, mistakes, caller, wish)
+        decision = self._route(call, served, tokenised, mistakes, caller, wish)
         steps.mark("route_ms")
         assert decision.chosen is not None
         ready = tokenised[decision.chosen.model]
@@ -157,6 +174,7 @@ class Gateway:
         ready = replace(ready, model=decision.chosen.model)
         if keys[ready.model] in self._quarantined:
             raise errors.Quarantined()
+        await self.rate_limits.take(caller, ready.most_tokens)
         if plan.is_refresh:
             self.recent_hits.clear()
         job = self._new_job(ready, caller, wish, request_id, decision, verdict, plan, keys, steps.done)
@@ -232,16 +250,24 @@ class Gateway:
 
     async def retry(self, job_id: uuid.UUID, tenant: str) -> bool:
         """Queue a failed or expired job again; False if it is neither."""
-        found = await self._requeues.submit((job_id, tenant))
-        if found is not None:
-            inference.enqueue(self._outbox, [(job_id, *found)])
-        return found is not None
+        found = await self._requeue(job_id, tenant)
+        if isinstance(found, Refused):
+            raise refusals.of_budget(found)
+        return found
 
     async def retry_all(self, wanted: DeadLetters) -> int:
         """Queue the failed jobs that match again; how many they were."""
         assert wanted.tenant is not None
         ids = await self._dead_letters.submit(wanted)
-        return sum(await asyncio.gather(*[self.retry(job_id, wanted.tenant) for job_id in ids]))
+        return (await asyncio.gather(*[self._requeue(job_id, wanted.tenant) for job_id in ids])).count(True)
+
+    async def _requeue(self, job_id: uuid.UUID, tenant: str) -> bool | Refused:
+        found = await self._requeues.submit((job_id, tenant))
+        if isinstance(found, Refused):
+            return found
+        if found is not None:
+            inference.enqueue(self._outbox, [(job_id, *found)])
+        return found is not None
 
     @staticmethod
     def error_of(outcome: Outcome | None) -> errors.APIError:
@@ -251,6 +277,17 @@ class Gateway:
         if outcome.status is JobStatus.CANCELLED:
             return errors.JobCancelled()
         return errors.from_job(outcome.error or {})
+
+    def catalog_for(self, caller: ApiKey) -> Catalog:
+        """What is served to this caller: a model outside its key's scope does not exist for it."""
+        if caller.models is None:
+            return self.catalog
+        known = self._narrowed.get(caller.models)
+        if known is None:
+            if len(self._narrowed) >= _MOST_NARROWED:
+                self._narrowed.clear()
+            known = self._narrowed[caller.models] = self.catalog.narrowed(caller.models)
+        return known
 
     def model_state(self, model: ModelSpec) -> str:
         """ready, loading or down, by the best of the model's backends."""
@@ -276,6 +313,14 @@ class Gateway:
                 return await self._watch_again(job_id, call, caller)
         return None
 
+    async def _take(self, caller: ApiKey, tokens: int, joined: Accepted) -> None:
+        """As `rate_limits.take`, for one who watches a job already."""
+        try:
+            await self.rate_limits.take(caller, tokens)
+        except BaseException:
+            joined.watch.close()
+            raise
+
     async def _rejoin(self, held: Reserved, asked: bytes, call: Call, caller: ApiKey) -> Accepted:
         if held.fingerprint != asked:
             raise errors.IdempotencyKeyReuse()
@@ -296,8 +341,8 @@ class Gateway:
         return Accepted(job_id, view.flight_id, call, view.model, view.backend, view.decision["reason"],
                         int(view.created_at.timestamp()), view.cache_verdict, watch, is_replayed=True)  # fmt: skip
 
-    def _models(self, call: Call) -> list[ModelSpec]:
-        models = router.models_for(self.catalog, call)
+    def _models(self, call: Call, served: Catalog) -> list[ModelSpec]:
+        models = router.models_for(served, call)
         if not models:
             raise errors.ModelNotFound(param="model")
         if not any(call.task in model.tasks for model in models):
@@ -331,23 +376,25 @@ class Gateway:
                 mistakes[model.name] = error
         return tokenised, mistakes
 
-    def _route(self, call: Call, tokenised: dict[str, Call | str], mistakes: dict[str, errors.APIError],
-               caller: ApiKey, wish: Wish) -> Decision:  # fmt: skip
+    def _route(self, call: Call, served: Catalog, tokenised: dict[str, Call | str],
+               mistakes: dict[str, errors.APIError], caller: ApiKey, wish: Wish) -> Decision:  # fmt: skip
+        tenant, weight = caller.tenant, caller.tenant_weight
         crowded = [name for name, backend in self.catalog.backends.items()
-                   if not self._shares.may_queue(name, caller.tenant, backend.entry.max_queued)]  # fmt: skip
-        decision = router.choose(self.catalog, call, tokenised, self.loads, can_wait=wish.is_async, crowded=crowded)
+                   if not self._shares.may_queue(name, tenant, backend.entry.max_queued, weight)]  # fmt: skip
+        decision = router.choose(served, call, tokenised, self.loads, can_wait=wish.is_async, crowded=crowded)
         if decision.chosen is None:
             raise refusals.of(decision, mistakes)
         asked = call.model if call.model == "auto" else decision.candidates[0].model
         backend = decision.chosen.backend
         metrics.child(metrics.ROUTER_CHOICES, asked, decision.chosen.model, backend).inc()
         slots = self.loads.get(backend, Load()).slots
-        level = self._shares.level(backend, caller.tenant, wish.priority, slots)
+        level = self._shares.level(backend, tenant, wish.priority, slots, weight)
         return replace(decision, level=level)
 
     def _new_job(self, call: Call, caller: ApiKey, wish: Wish, request_id: str, decision: Decision, verdict: str,
                  plan: CachePlan, keys: dict[str, bytes], timings: dict[str, float]) -> NewJob:  # fmt: skip
         assert decision.chosen is not None
+        price = self.catalog.models[call.model].entry.price
         return NewJob(
             id=ids.uuid7(),
             tenant=caller.tenant,
@@ -375,6 +422,9 @@ class Gateway:
             predicted_tokens=call.prompt_tokens + int(decision.chosen.facts.get("tokens", 0)),
             # A stream shares a run with streams: of another, it would see nothing before the end.
             coalesce_key=keys[call.model] + bytes([call.stream]) if plan.is_read else None,
+            input_price=price.input_nano,
+            output_price=price.output_nano,
+            reserved_tokens=call.most_tokens if caller.has_budget else None,
         )
 
     async def _accept(self, job: NewJob, call: Call, decision: Decision, caller: ApiKey, wish: Wish) -> Accepted:
@@ -407,8 +457,13 @@ class Gateway:
         """
         if wish.idempotency_key is not None:
             key = Idempotency(caller.id, wish.idempotency_key, fingerprints.request(call, wish))
-            reserved = await self._keyed_inserts.submit((key, job))
+            if caller.has_budget:
+                reserved = _admitted(await self._budgeted_keyed_inserts.submit((key, job)))
+            else:
+                reserved = await self._keyed_inserts.submit((key, job))
             return reserved.inserted or reserved
+        if caller.has_budget:
+            return _admitted(await self._budgeted_inserts.submit(job))
         is_promised = job.is_stream or wish.is_async or wish.wait_s < 1.0
         return await (self._durable_inserts if is_promised else self._relaxed_inserts).submit(job)
 
@@ -442,6 +497,9 @@ class Gateway:
 
     def _described(self, cursor: Cursor, items: Sequence[None]) -> "list[_Described]":
         quarantined = job_views.quarantined(cursor, self.config.quarantine_s)
+        if self.rate_limits.is_used:
+            # Each gateway has one session for this very statement, and loses it with its life.
+            self.rate_limits.limiter.num_processes = session.count(cursor, self._surveys.name)
         backlogs = job_views.backlogs(cursor)
         return [_Described(workers.alive(cursor), job_views.depths(cursor), backlogs, quarantined)] * len(items)
 
@@ -465,6 +523,16 @@ class Gateway:
         hits = dict(self._hits)
         self._hits.clear()
         await asyncio.gather(*[self._touches.submit(hit) for hit in hits.items()])
+
+
+def _admitted(answer: "Recorded | Refused") -> "Recorded":
+    if isinstance(answer, Refused):
+        raise refusals.of_budget(answer)
+    return answer
+
+
+def _in_turn(cursor: Cursor, works: Sequence[Callable[[Cursor], Any]]) -> list[Any]:
+    return [work(cursor) for work in works]
 
 
 class _Steps:

@@ -10,35 +10,36 @@ from api import decoding, errors, schemas
 from api.gateway import Gateway
 from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from catalog import ModelSpec
+from db.api_keys import ApiKey
 
 _CREATED = 1_735_689_600
 """OpenAI's model object has a creation time; ours is fixed, for a folder's own says nothing."""
 
 
-def everything(request: Request) -> Response:
+def everything(request: Request, caller: ApiKey) -> Response:
     gateway: Gateway = request.app.state.gateway
-    data = [_model(gateway, model) for model in gateway.catalog.models.values()]
+    data = [_model(gateway, model) for model in gateway.catalog_for(caller).models.values()]
     return _json({"object": "list", "data": data})
 
 
-def one(request: Request, name: str) -> Response:
+def one(request: Request, caller: ApiKey, name: str) -> Response:
     gateway: Gateway = request.app.state.gateway
-    return _json(_model(gateway, _known(gateway, name)))
+    return _json(_model(gateway, _known(gateway, caller, name)))
 
 
-async def tokenize(request: Request) -> Response:
+async def tokenize(request: Request, caller: ApiKey) -> Response:
     """vLLM's answer."""
     gateway: Gateway = request.app.state.gateway
     wanted = schemas.read(TokenizeRequest, await _body(request, gateway))
-    counted = await gateway.prompts.count(wanted, _known(gateway, wanted.model))
+    counted = await gateway.prompts.count(wanted, _known(gateway, caller, wanted.model))
     return _json(asdict(counted))
 
 
-async def detokenize(request: Request) -> Response:
+async def detokenize(request: Request, caller: ApiKey) -> Response:
     """vLLM's answer."""
     gateway: Gateway = request.app.state.gateway
     wanted = schemas.read(DetokenizeRequest, await _body(request, gateway))
-    return _json({"prompt": await gateway.prompts.detokenize(_known(gateway, wanted.model), wanted.tokens)})
+    return _json({"prompt": await gateway.prompts.detokenize(_known(gateway, caller, wanted.model), wanted.tokens)})
 
 
 async def _body(request: Request, gateway: Gateway) -> dict[str, object]:
@@ -46,8 +47,8 @@ async def _body(request: Request, gateway: Gateway) -> dict[str, object]:
     return decoding.decode(await decoding.read_body(request, limits), limits)
 
 
-def _known(gateway: Gateway, name: str) -> ModelSpec:
-    model = gateway.catalog.model(name)
+def _known(gateway: Gateway, caller: ApiKey, name: str) -> ModelSpec:
+    model = gateway.catalog_for(caller).model(name)
     if model is None:
         raise errors.ModelNotFound(param="model")
     return model

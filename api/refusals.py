@@ -1,6 +1,7 @@
 """Why nobody can take a call, as an error for its caller."""
 
 from api import errors
+from db.budgets import Refused
 from tasks.router import Decision
 
 
@@ -24,3 +25,17 @@ def of(decision: Decision, mistakes: dict[str, errors.APIError]) -> errors.APIEr
     if (candidate := dropped.get("unsupported_parameter")) is not None:
         return errors.UnsupportedParameter(f"This model does not support {candidate.param}.", param=candidate.param)
     return errors.ModelNotFound("The model exists, but does not do this task.", param="model")
+
+
+def of_budget(refused: Refused) -> errors.APIError:
+    """Why a key's or tenant's limits do not hold a call. Where jobs that are under way may give back what they
+    hold, trying again soon makes sense; where the day's budget is spent, it does not."""
+    owner = "API key" if refused.of == "key" else "tenant"
+    if refused.limit == "max_concurrent":
+        return errors.RateLimited(f"The {owner} has as many jobs under way as it may have at a time.")
+    unit = "tokens" if refused.limit == "daily_tokens" else "cost"
+    if refused.is_spent:
+        left = f"What is left of the {owner}'s daily budget of {unit} does not hold this request."
+        return errors.InsufficientQuota(left, retry_after_s=refused.renewed_in_s)
+    held = f"Jobs that are under way hold what is left of the {owner}'s daily budget of {unit}."
+    return errors.InsufficientQuota(held, retry_after_s=1.0, is_permanent=False)

@@ -43,7 +43,9 @@ class RequestLog:
                 entry.status_code = message["status"]
                 headers = message["headers"]
                 if not any(name == b"x-request-id" for name, _ in headers):
-                    message["headers"] = [*headers, raw_id]
+                    headers = message["headers"] = [*headers, raw_id]
+                if (limited := state.get("limited")) is not None:
+                    message["headers"] = [*headers, *await scope["app"].state.gateway.rate_limits.headers(limited)]
             await send(message)
 
         try:
@@ -66,7 +68,7 @@ def _account(scope: Scope, entry: Entry, seconds: float) -> None:
     child(metrics.REQUESTS, route, method, str(entry.status_code)).inc()
     if entry.error_code:
         child(metrics.ERRORS, route, entry.error_code).inc()
-    if not route.startswith("/v1/"):
+    if not route.startswith(("/v1/", "/admin/")):
         return
     entry.endpoint, entry.duration_ms = route, seconds * 1000
     if entry.cache_verdict:

@@ -14,7 +14,7 @@ from typing import Any
 
 from psycopg2.extras import execute_values
 
-from db.session import Cursor
+from db.session import Cursor, transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,12 @@ class NewJob:
     predicted_tokens: int = 0
     coalesce_key: bytes | None = None
     """Live jobs with the same key share one run. None: this one runs alone."""
+    input_price: int = 0
+    """Of one prompt token, in 1e-9 of the currency."""
+    output_price: int = 0
+    reserved_tokens: int | None = None
+    """Held against budgets (`db.budgets`). None: there are none."""
+    reserved_on: datetime.date | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +72,12 @@ class Inserted:
 _COLUMNS = """
     id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, backend, is_stream,
     payload, metadata, decision, cache_verdict, cache_key, cache_ttl_s, is_cache_refresh, prompt_tokens, timings,
-    deadline_at, priority, predicted_tokens, coalesce_key
+    deadline_at, priority, predicted_tokens, coalesce_key, input_price, output_price, reserved_tokens, reserved_on
 """
 _TYPES = (
     "(%s::uuid,%s,%s::uuid,%s,%s,%s,%s,%s,%s,%s,%s,%s::bytea,%s::jsonb,%s::jsonb,%s,%s::bytea,%s::int,%s,%s,"
     "%s::jsonb,least(clock_timestamp() + %s::float8 * interval '1 s', to_timestamp(%s::float8)),"
-    "%s::smallint,%s::int,%s::bytea)"
+    "%s::smallint,%s::int,%s::bytea,%s::int,%s::int,%s::bigint,%s::date)"
 )
 _INSERTED = "id, created_at, backend, cache_verdict, leader_id, coalesce(flight_id, id)"
 
@@ -96,7 +102,8 @@ def _row(job: NewJob) -> tuple[Any, ...]:
         job.id, job.tenant, job.api_key_id, job.request_id, job.endpoint, job.task, job.requested_model, job.model,
         job.model_revision, job.backend, job.is_stream, job.payload, job.metadata, job.decision, job.cache_verdict,
         job.cache_key, job.cache_ttl_s, job.is_cache_refresh, job.prompt_tokens, job.timings, job.timeout_s,
-        job.deadline, job.priority, job.predicted_tokens, job.coalesce_key,
+        job.deadline, job.priority, job.predicted_tokens, job.coalesce_key, job.input_price, job.output_price,
+        job.reserved_tokens, job.reserved_on,
     )  # fmt: skip
 
 
@@ -134,7 +141,8 @@ def _follow(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
         INSERT INTO jobs ({_COLUMNS}, leader_id, flight_id)
         SELECT i.id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, l.backend,
             is_stream, payload, metadata, decision, 'COALESCED; joined ' || l.id, cache_key, cache_ttl_s,
-            is_cache_refresh, prompt_tokens, timings, deadline_at, priority, predicted_tokens, NULL, l.id, l.flight_id
+            is_cache_refresh, prompt_tokens, timings, deadline_at, priority, predicted_tokens, NULL, input_price,
+            output_price, reserved_tokens, reserved_on, l.id, l.flight_id
         FROM input i JOIN leader l ON l.coalesce_key = i.coalesce_key RETURNING {_INSERTED}
         """,  # noqa: S608 - column names from this file alone
         [_row(job) for job in jobs],
@@ -167,32 +175,32 @@ class Reserved:
 def insert_once(cursor: Cursor, wanted: Sequence[tuple[Idempotency, NewJob]]) -> list[Reserved]:
     """Record each job unless its key already stands for another; key and job in one transaction, so there
     is never one without the other. Keys are kept for 24 h. A lost answer may be asked for again."""
+    with transaction(cursor):
+        return insert_keyed(cursor, wanted)
+
+
+def insert_keyed(cursor: Cursor, wanted: Sequence[tuple[Idempotency, NewJob]]) -> list[Reserved]:
+    """`insert_once` inside the transaction of whoever calls."""
     first = {(one.api_key_id, one.key): (one, job) for one, job in reversed(wanted)}
-    cursor.execute("BEGIN")
-    try:
-        rows = execute_values(
-            cursor,
-            """
-            INSERT INTO idempotency_keys AS k (api_key_id, key, fingerprint, job_id, expires_at) VALUES %s
-            ON CONFLICT (api_key_id, key) DO UPDATE SET
-                fingerprint = CASE WHEN k.expires_at > clock_timestamp() THEN k.fingerprint
-                                   ELSE excluded.fingerprint END,
-                job_id = CASE WHEN k.expires_at > clock_timestamp() THEN k.job_id ELSE excluded.job_id END,
-                expires_at = CASE WHEN k.expires_at > clock_timestamp() THEN k.expires_at ELSE excluded.expires_at END
-            RETURNING api_key_id, key, job_id, fingerprint
-            """,
-            [(one.api_key_id, one.key, one.fingerprint, job.id) for _, (one, job) in sorted(first.items())],
-            template="(%s::uuid, %s, %s::bytea, %s::uuid, clock_timestamp() + interval '24 h')",
-            page_size=1000,
-            fetch=True,
-        )
-        held = {(row[0], row[1]): (row[2], bytes(row[3])) for row in rows}
-        mine = [job for name, (_, job) in first.items() if held[name][0] == job.id]
-        made = {one.id: one for one in insert(cursor, mine)}
-        cursor.execute("COMMIT")
-    except BaseException:
-        cursor.execute("ROLLBACK")
-        raise
+    rows = execute_values(
+        cursor,
+        """
+        INSERT INTO idempotency_keys AS k (api_key_id, key, fingerprint, job_id, expires_at) VALUES %s
+        ON CONFLICT (api_key_id, key) DO UPDATE SET
+            fingerprint = CASE WHEN k.expires_at > clock_timestamp() THEN k.fingerprint
+                               ELSE excluded.fingerprint END,
+            job_id = CASE WHEN k.expires_at > clock_timestamp() THEN k.job_id ELSE excluded.job_id END,
+            expires_at = CASE WHEN k.expires_at > clock_timestamp() THEN k.expires_at ELSE excluded.expires_at END
+        RETURNING api_key_id, key, job_id, fingerprint
+        """,
+        [(one.api_key_id, one.key, one.fingerprint, job.id) for _, (one, job) in sorted(first.items())],
+        template="(%s::uuid, %s, %s::bytea, %s::uuid, clock_timestamp() + interval '24 h')",
+        page_size=1000,
+        fetch=True,
+    )
+    held = {(row[0], row[1]): (row[2], bytes(row[3])) for row in rows}
+    mine = [job for name, (_, job) in first.items() if held[name][0] == job.id]
+    made = {one.id: one for one in insert(cursor, mine)}
     answers = []
     for one, job in wanted:
         job_id, fingerprint = held[one.api_key_id, one.key]

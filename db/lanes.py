@@ -69,7 +69,8 @@ class Lane(Generic[Item, Answer]):
         self._silence_s = silence_s
         self._linger_s = linger_s
         self._on_connect = on_connect
-        self._name = f"switchyard-{statement.__name__}"
+        self.name = f"switchyard-{statement.__name__}"
+        """Of its thread and its session."""
         self._items: queue.SimpleQueue[tuple[Item, asyncio.Future[Answer] | None] | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
         self._asked_at: float | None = None
@@ -78,7 +79,7 @@ class Lane(Generic[Item, Answer]):
         _watched.add(self)
         _start_watch()
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
 
     def submit(self, item: Item) -> "asyncio.Future[Answer]":
@@ -97,7 +98,7 @@ class Lane(Generic[Item, Answer]):
         asked_at, connection = self._asked_at, self._connection
         if asked_at is None or connection is None or time.monotonic() - asked_at < self._silence_s:
             return
-        log.warning("lane.cut", lane=self._name)
+        log.warning("lane.cut", lane=self.name)
         with contextlib.suppress(OSError, *session.DependencyDown):
             duplicate = socket.socket(fileno=os.dup(connection.fileno()))
             with contextlib.closing(duplicate):
@@ -136,7 +137,7 @@ class Lane(Generic[Item, Answer]):
     def _deliver(self, pairs: "list[tuple[asyncio.Future[Answer] | None, Answer | Exception]]") -> None:
         failures = [outcome for future, outcome in pairs if future is None and isinstance(outcome, Exception)]
         if failures:
-            log.warning("lane.lost", lane=self._name, items=len(failures), error=type(failures[0]).__name__)
+            log.warning("lane.lost", lane=self.name, items=len(failures), error=type(failures[0]).__name__)
         if all(future is None for future, _ in pairs):
             return
 
@@ -152,7 +153,7 @@ class Lane(Generic[Item, Answer]):
         try:
             self._loop.call_soon_threadsafe(resolve)
         except RuntimeError:  # the loop is closed: nobody waits any more
-            log.warning("lane.undelivered", lane=self._name, items=len(pairs))
+            log.warning("lane.undelivered", lane=self.name, items=len(pairs))
 
     def _outcomes(self, items: Sequence[Item]) -> "Sequence[Answer | Exception]":
         """Answers in order; a batch that Postgres refuses is split until the refused item stands alone."""
@@ -166,7 +167,7 @@ class Lane(Generic[Item, Answer]):
             middle = len(items) // 2
             return [*self._outcomes(items[:middle]), *self._outcomes(items[middle:])]
         except Exception as error:  # a bug in the statement must not leave callers waiting for ever
-            log.exception("lane.failed", lane=self._name)
+            log.exception("lane.failed", lane=self.name)
             return [error for _ in items]
 
     def _execute(self, items: Sequence[Item]) -> Sequence[Answer]:
@@ -182,13 +183,13 @@ class Lane(Generic[Item, Answer]):
                 if time.monotonic() + pause > deadline:
                     self._failed_at = time.monotonic()
                     raise
-                log.warning("lane.retry", lane=self._name, error=type(error).__name__)
+                log.warning("lane.retry", lane=self.name, error=type(error).__name__)
                 time.sleep(pause)
                 pause = min(pause * 2, 1.0)
 
     def _attempt(self, items: Sequence[Item]) -> Sequence[Answer]:
         if self._connection is None:
-            self._connection = session.connect(self._url, self._name, is_durable=self._is_durable)
+            self._connection = session.connect(self._url, self.name, is_durable=self._is_durable)
             if self._on_connect is not None:
                 with self._connection.cursor() as cursor:
                     self._on_connect(cursor)

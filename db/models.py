@@ -10,7 +10,7 @@ import uuid
 from typing import Any
 
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, LargeBinary, SmallInteger, Text, text
-from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -48,7 +48,32 @@ class Base(DeclarativeBase):
     pass
 
 
-class ApiKey(Base):
+class Limits:
+    """What a key, or all keys of a tenant together, may use. NULL: without limit."""
+
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
+    max_concurrent: Mapped[int | None]
+    """Jobs queued or running at a time."""
+    daily_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    daily_cost_nano: Mapped[int | None] = mapped_column(BigInteger)
+    """In 1e-9 of the currency that the catalog's prices are in: sums of whole numbers have no drift."""
+
+
+class Tenant(Limits, Base):
+    """Who owns keys, jobs and cache entries."""
+
+    __tablename__ = "tenants"
+
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    weight: Mapped[float] = mapped_column(server_default=text("1"))
+    """Its share where tenants compete."""
+    created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+
+    __table_args__ = (CheckConstraint("weight > 0", name="tenants_weight"),)
+
+
+class ApiKey(Limits, Base):
     """A caller's key. Only its SHA-256 is kept: 256 random bits need no slow hash."""
 
     __tablename__ = "api_keys"
@@ -62,8 +87,17 @@ class ApiKey(Base):
     created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
     timeout_s: Mapped[float | None]
     """Deadline of its jobs where they name none."""
+    scopes: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default=text("'{submit,read,cancel}'"))
+    models: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
+    """Names and aliases that it may use. NULL: every model."""
     expires_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
     revoked_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    previous_hash: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """Of the secret before the last rotation."""
+    previous_until: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    """Until when that one opens the door as well."""
+
+    __table_args__ = (Index("api_keys_previous", "previous_hash", postgresql_where=text("previous_hash IS NOT NULL")),)
 
 
 class Worker(Base):
@@ -130,6 +164,15 @@ class Job(Base):
     """Prompt and expected output: the size of the job in its tenant's backlog."""
     priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("1"))
     """See `tasks.fair_share.Priority`."""
+    input_price: Mapped[int] = mapped_column(server_default=text("0"))
+    """Of one prompt token, in 1e-9 of the currency, as it was when the job was accepted."""
+    output_price: Mapped[int] = mapped_column(server_default=text("0"))
+    reserved_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    """The most tokens that it can use, held against its key's and tenant's budgets. NULL: these have none."""
+    reserved_on: Mapped[datetime.date | None]
+    """The day (UTC) whose budget it counts against."""
+    is_settled: Mapped[bool] = mapped_column(server_default=text("false"))
+    """Its reservation has become what it really used."""
     usage: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     timings: Mapped[dict[str, float]] = mapped_column(JSONB, server_default=text("'{}'"))
@@ -151,6 +194,11 @@ class Job(Base):
         ),
         Index("jobs_followers", "leader_id", postgresql_where=text("leader_id IS NOT NULL AND status = 'queued'")),
         Index("jobs_failed", "finished_at", postgresql_where=text("status = 'failed'")),
+        Index(
+            "jobs_unsettled",
+            "tenant",
+            postgresql_where=text("reserved_tokens IS NOT NULL AND NOT is_settled AND finished_at IS NOT NULL"),
+        ),
         Index("jobs_running", "worker_id", postgresql_where=text("status = 'running'")),
         Index("jobs_by_tenant", "tenant", "created_at", "id"),
         Index("jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
@@ -167,6 +215,26 @@ class JobResult(Base):
     sha256: Mapped[bytes] = mapped_column(LargeBinary)
     events: Mapped[bytes | None] = mapped_column(LargeBinary)
     """Of a streamed job: where each event of its stream ended (`tasks.replay`)."""
+
+
+class BudgetDay(Base):
+    """What a key's jobs of one day (UTC) hold and have used. Only of keys that have budgets, or whose tenant has."""
+
+    __tablename__ = "budget_days"
+
+    api_key_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    day: Mapped[datetime.date] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(Text)
+    num_live: Mapped[int] = mapped_column(server_default=text("0"))
+    reserved_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    reserved_cost: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    spent_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    spent_cost: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+
+    __table_args__ = (
+        Index("budget_days_tenant", "tenant", "day"),
+        {"postgresql_with": {"fillfactor": "50"}},
+    )
 
 
 class IdempotencyKey(Base):

@@ -98,7 +98,8 @@ def purge(cursor: Cursor, older_than_s: float, limit: int = 1000) -> int:
     cursor.execute(
         """
         DELETE FROM jobs WHERE id IN (SELECT id FROM jobs
-            WHERE finished_at < clock_timestamp() - %s * interval '1 s' ORDER BY finished_at LIMIT %s)
+            WHERE finished_at < clock_timestamp() - %s * interval '1 s' AND (reserved_tokens IS NULL OR is_settled)
+            ORDER BY finished_at LIMIT %s)
         """,
         (older_than_s, limit),
     )

@@ -4,6 +4,8 @@ Bounds are part of the connection, so no statement can hang a caller: 2 s to con
 2 s for a lock, and a dead peer is noticed within 10 s.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
@@ -41,6 +43,18 @@ def connect(url: str, application_name: str, *, is_durable: bool = True, idle_s:
     return connection
 
 
+@contextlib.contextmanager
+def transaction(cursor: Cursor) -> Iterator[None]:
+    """What happens inside is committed together, or not at all."""
+    cursor.execute("BEGIN")
+    try:
+        yield
+        cursor.execute("COMMIT")
+    except BaseException:
+        cursor.execute("ROLLBACK")
+        raise
+
+
 def create_pool(url: str, application_name: str, size: int = 4) -> Engine:
     """A pooled engine for admin reads and writes, called from threads."""
     return create_engine(
@@ -51,6 +65,17 @@ def create_pool(url: str, application_name: str, size: int = 4) -> Engine:
         pool_pre_ping=True,
         connect_args={"application_name": application_name, "options": _OPTIONS, **_NETWORK},
     )
+
+
+def count(cursor: Cursor, application_name: str) -> int:
+    """How many sessions of that name this database has."""
+    cursor.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()",
+        (application_name,),
+    )
+    row = cursor.fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def server_setting(cursor: Cursor, name: str) -> str:

@@ -49,6 +49,12 @@ class Call:
     def prompt_tokens(self) -> int:
         return sum(map(len, self.token_ids))
 
+    @property
+    def most_tokens(self) -> int:
+        """What a tokenised call uses at most. A prompt that has n choices counts once."""
+        generated = len(self.token_ids) * self.n * (self.max_tokens or 0) if self.task == "generate" else 0
+        return self.prompt_tokens + generated
+
     def canonical(self) -> dict[str, Any]:
         """Everything that can change the stored answer, and nothing that cannot (stream, include_usage)."""
         return {

@@ -8,7 +8,8 @@ A backend's queue has levels, which workers empty in order. Two rules are enough
   `_ALPHA` times what is still free. Alone it gets most of the queue; several in a flood get equal parts, hence, first
   come first served among them, equal service; and there is always room for one who comes late.
 
-A backlog is measured in average calls: its predicted tokens, divided by those of the queue's average call.
+A backlog is measured in average calls: its predicted tokens, divided by those of the queue's average call. A
+tenant's weight multiplies both of its bounds.
 """
 
 import enum
@@ -91,15 +92,15 @@ class FairShare:
         else:
             tenants.pop(one.tenant, None)
 
-    def may_queue(self, backend: str, tenant: str, max_queued: int) -> bool:
+    def may_queue(self, backend: str, tenant: str, max_queued: int, weight: float = 1.0) -> bool:
         """Whether the tenant's part of the queue has room for one more."""
         tenants = self._backlogs.get(backend)
         if not tenants or tenant not in tenants:
             return True
         free = max_queued - sum(one.num_queued for one in tenants.values())
-        return self._average_calls(tenants, tenant) < _ALPHA * free
+        return self._average_calls(tenants, tenant) < _ALPHA * free * weight
 
-    def level(self, backend: str, tenant: str, priority: Priority, slots: int) -> Level:
+    def level(self, backend: str, tenant: str, priority: Priority, slots: int, weight: float = 1.0) -> Level:
         """Where the tenant's next call waits. Flexible and batch work is never within a share."""
         if priority >= Priority.FLEX:
             return _BEYOND[priority]
@@ -107,7 +108,7 @@ class FairShare:
         if not tenants or tenant not in tenants:
             return Level.WITHIN_SHARE
         mean = sum(one.num_queued for one in tenants.values()) / len(tenants)
-        is_small = self._average_calls(tenants, tenant) < max(slots, _SMALL * mean, 1)
+        is_small = self._average_calls(tenants, tenant) < max(slots, _SMALL * mean, 1) * weight
         return Level.WITHIN_SHARE if is_small else _BEYOND[priority]
 
     @staticmethod

@@ -20,7 +20,7 @@ import structlog
 
 import catalog
 import settings
-from db import accept, cache, flights, job_views, recovery, request_log, session, workers
+from db import accept, budgets, cache, flights, job_views, recovery, request_log, session, workers
 from db.session import Cursor
 from tasks import inference, logs, metrics, router, server_settings, transport
 from tasks.call import Call
@@ -51,6 +51,7 @@ class Report:
     expired: int = 0
     evicted: int = 0
     purged: int = 0
+    settled: int = 0
     ended: list[tuple[str, str]] = field(default_factory=list)
     """(job id, status) of jobs that reached a final state in this pass."""
     messages: list[tuple[UUID, str, str]] = field(default_factory=list)
@@ -149,6 +150,7 @@ def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheE
     request_log.purge(cursor, config.result_ttl_s * 30)
     workers.forget(cursor, config.result_ttl_s)
     accept.forget_keys(cursor)
+    budgets.forget(cursor)
 
 
 class Reconciler:
@@ -214,6 +216,7 @@ class Reconciler:
         with self._connection.cursor() as cursor:
             report = reconcile_once(cursor, queues, self._config, list(self._catalog.backends))
             reroute(cursor, self._catalog, report)
+            report.settled = budgets.settle(cursor)
             if time.monotonic() >= self._next_housekeeping:
                 self._next_housekeeping = time.monotonic() + _HOUSEKEEPING_S
                 keep_house(cursor, self._config, self._catalog.cache, report)

@@ -30,6 +30,8 @@ MOST_PARKED = 10_000
 CHUNKS = "switchyard:chunks:{}"
 """Per job: a stream of its output events, and under the same name the channel that carries them live."""
 CHUNKS_TTL_S = 900
+RATE = "switchyard:rate:{}"
+"""Per key or tenant and unit: a hash of what was let through, by slot of the window (`tasks.limiter`)."""
 
 
 def queue_key(backend: str, level: int) -> str:

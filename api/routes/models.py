@@ -15,22 +15,22 @@ Caller = Annotated[ApiKey, Depends(auth.authenticate)]
 @router.get("/models")
 async def list_models(request: Request, caller: Caller) -> Response:
     """Every model, with its tasks, context length and state."""
-    return model_answers.everything(request)
+    return model_answers.everything(request, caller)
 
 
 @router.get("/models/{model}")
 async def get_model(request: Request, caller: Caller, model: str) -> Response:
     """One model."""
-    return model_answers.one(request, model)
+    return model_answers.one(request, caller, model)
 
 
 @router.post("/tokenize", openapi_extra=schemas.openapi_extra("/v1/tokenize"))
 async def tokenize(request: Request, caller: Caller) -> Response:
     """The tokens of a prompt or of a chat."""
-    return await model_answers.tokenize(request)
+    return await model_answers.tokenize(request, caller)
 
 
 @router.post("/detokenize", openapi_extra=schemas.openapi_extra("/v1/detokenize"))
 async def detokenize(request: Request, caller: Caller) -> Response:
     """The text of tokens."""
-    return await model_answers.detokenize(request)
+    return await model_answers.detokenize(request, caller)

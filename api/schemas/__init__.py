@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from api import errors
+from api.schemas.admin import KeyChange, KeyRequest, TenantChange
 from api.schemas.chat import ChatRequest
 from api.schemas.classify import ClassifyRequest
 from api.schemas.completions import CompletionRequest
@@ -39,6 +40,9 @@ _OTHER_BODIES: Mapping[str, type[WireModel]] = {
     "/v1/jobs": JobRequest,
     "/v1/tokenize": TokenizeRequest,
     "/v1/detokenize": DetokenizeRequest,
+    "/admin/v1/keys": KeyRequest,
+    "/admin/v1/keys/{id}": KeyChange,
+    "/admin/v1/tenants/{id}": TenantChange,
 }
 _DEFAULT_LIMITS = LimitsEntry()
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")

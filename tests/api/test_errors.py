@@ -32,14 +32,17 @@ EXPECTED = {
     "not_found": 404,
     "method_not_allowed": 405,
     "invalid_api_key": 401,
-    "forbidden": 403,
+    "permission_denied": 403,
+    "key_not_found": 404,
+    "tenant_not_found": 404,
     "conflict_state": 409,
     "job_cancelled": 409,
     "idempotency_key_reuse": 422,
     "quarantined": 409,
     "stream_interrupted": 502,
     "gateway_stopping": 503,
-    "rate_limited": 429,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
     "queue_full": 429,
     "backend_error": 502,
     "attempts_exhausted": 502,
@@ -61,7 +64,7 @@ def test_rendered_as_openai_does(code: str, status: int) -> None:
     assert body["error"]["code"] == code
     assert body["error"]["param"] == "some.field"
     assert body["error"]["message"]
-    assert body["error"]["type"].endswith("_error")
+    assert body["error"]["type"].endswith("_error") or body["error"]["type"] == code == "insufficient_quota"
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"] == "req-1"
 

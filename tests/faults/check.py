@@ -26,7 +26,7 @@ _CLOCK_ROWS = frozenset({"F70"})
 _INTERRUPTED = frozenset({"stream_interrupted", "conflict_state", "dependency_unavailable", "model_unavailable"})
 """How a stream may end early, as long as it says so and what it showed was right."""
 _UNAVAILABLE = frozenset({"dependency_unavailable", "model_unavailable", "overloaded", "storage_full"})
-_BUSY = frozenset({"queue_full", "rate_limited"})
+_BUSY = frozenset({"queue_full", "rate_limit_exceeded"})
 
 
 @dataclass(slots=True)

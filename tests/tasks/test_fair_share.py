@@ -64,6 +64,14 @@ def test_a_backlog_is_measured_in_average_calls() -> None:
     assert level(made, "large", slots=8) is Level.DEFAULT, "4 calls, as much work as 37 average ones"
 
 
+def test_a_weight_multiplies_what_a_tenant_may_queue_and_its_share() -> None:
+    made = shares(one=(100, 10_000), two=(100, 10_000))
+    assert not made.may_queue("echo", "one", 212)
+    assert made.may_queue("echo", "one", 212, weight=2.0)
+    assert made.level("echo", "one", Priority.DEFAULT, 60) is Level.DEFAULT
+    assert made.level("echo", "one", Priority.DEFAULT, 60, weight=2.0) is Level.WITHIN_SHARE
+
+
 def test_what_this_process_adds_counts_at_once() -> None:
     made = FairShare()
     levels = []

@@ -19,8 +19,9 @@ from db.job_views import Outcome
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from db.request_log import Entry
+from tasks import responses
 from tasks.call import Call
-from tasks.responses import Frames, Identity
+from tasks.identity import Identity
 
 SSE = "text/event-stream"
 _UNREAD_S = 30.0
@@ -150,7 +151,7 @@ def _from_cache(entry: Entry, call: Call, hit: Hit) -> Response:
     if not call.stream:
         return _Stored(hit.body, _hit_headers(hit, "application/json"))
     body = orjson.loads(hit.body)
-    frames = Frames(Identity(call.endpoint, hit.job_id, hit.model, body["created"]), call)
+    frames = responses.frames(Identity(call.endpoint, hit.job_id, hit.model, body.get("created", 0)), call)
     streamed = b"".join(frames.replay(body))
     extra = [(name.lower().encode(), value.encode()) for name, value in NO_BUFFERING.items()]
     return _Stored(streamed, [*_hit_headers(hit, SSE), *extra])

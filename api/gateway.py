@@ -28,9 +28,9 @@ from db.job_views import DeadLetters, Depth, Outcome
 from db.lanes import Lane, LaneDown
 from db.models import TERMINAL, JobStatus
 from db.session import Cursor
-from tasks import inference, metrics, replay, router, transport
+from tasks import inference, metrics, replay, responses, router, transport
 from tasks.call import Call
-from tasks.responses import Frames, Identity
+from tasks.identity import Identity
 from tasks.router import Decision, Load
 from tasks.stream import Interrupted, Subscriber, Watch
 
@@ -194,7 +194,7 @@ class Gateway:
 
     async def _frames(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch,
                       after: int) -> AsyncIterator[bytes]:  # fmt: skip
-        frames = Frames(identity, call)
+        frames = responses.frames(identity, call)
         seen, is_whole = after, False
         async for event in self.subscriber.events(watch, flight_id, _KEEP_ALIVE_S):
             if event is None:
@@ -212,13 +212,13 @@ class Gateway:
         if outcome is None or outcome.body is None:
             raise self.error_of(outcome)
         if not is_whole:
-            frames = Frames(identity, call)
+            frames = responses.frames(identity, call)
             for event in replay.events(call, outcome.body, outcome.events):
                 made = frames.event(event)
                 if event.is_new_to(seen):
                     seen = event.seq
                     yield made
-        yield frames.end(outcome.usage)
+        yield frames.end(outcome.usage, outcome.body)
 
     async def cancel(self, job_id: uuid.UUID, tenant: str) -> JobStatus | None:
         """Cancel for good; the state afterwards, None if the tenant has no such job."""

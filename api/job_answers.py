@@ -15,7 +15,7 @@ from db.job_views import DeadLetters, Filter, View
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from tasks.call import Call
-from tasks.responses import Identity
+from tasks.identity import Identity
 
 
 async def create(request: Request, caller: ApiKey) -> Response:

@@ -11,6 +11,7 @@ from api.gateway import Gateway
 from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from catalog import ModelSpec
 
+_ENCODING = {"embed", "classify", "rerank"}
 _CREATED = 1_735_689_600
 """OpenAI's model object has a creation time; ours is fixed, for a folder's own says nothing."""
 
@@ -24,6 +25,33 @@ def everything(request: Request) -> Response:
 def one(request: Request, name: str) -> Response:
     gateway: Gateway = request.app.state.gateway
     return _json(_model(gateway, _known(gateway, name)))
+
+
+def info(request: Request, name: str) -> Response:
+    """text-embeddings-inference's answer, as far as it is true of a server of many models."""
+    gateway: Gateway = request.app.state.gateway
+    encoders = [model for model in gateway.catalog.models.values() if model.entry.auto and set(model.tasks) & _ENCODING]
+    model = (encoders[0] if encoders else None) if name == "auto" else gateway.catalog.model(name)
+    if model is None:
+        raise errors.ModelNotFound(param="model")
+    backends = [gateway.catalog.backends[backend].entry for backend in model.entry.backends]
+    labels = dict(enumerate(model.labels))
+    kind: dict[str, object] = {"embedding": {}}
+    if "embed" not in model.tasks:
+        named = {"id2label": labels, "label2id": {label: number for number, label in labels.items()}}
+        kind = {"classifier" if "classify" in model.tasks else "reranker": named}
+    body = {
+        "model_id": model.name,
+        "model_sha": model.revision,
+        "model_dtype": str(backends[0].options.get("dtype", "auto")),
+        "model_type": kind,
+        "max_concurrent_requests": sum(backend.concurrency for backend in backends),
+        "max_input_length": model.context_length,
+        "max_client_batch_size": gateway.catalog.limits.inputs,
+        "auto_truncate": False,
+        "version": request.app.version,
+    }
+    return Response(orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS), media_type="application/json")
 
 
 async def tokenize(request: Request) -> Response:

@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders
 
 from api import errors
+from api.schemas import ENDPOINTS
 from api.schemas.tokenize import TokenizeRequest
 from catalog import Catalog, CatalogError, ModelSpec
 from tasks.call import Call
@@ -89,8 +90,8 @@ class ModelTokenizer(Protocol):
 
     def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]: ...
 
-    def encode_pairs(self, query: str, documents: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and segment ids of (query, document), for each document."""
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and segment ids of each pair of texts."""
 
     def render(self, messages: _Chat, add_generation_prompt: bool = True) -> list[str]:
         """A chat as text, in pieces to be tokenised apart and without added special tokens. Raises
@@ -112,10 +113,9 @@ class ByteTokenizer:
     def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
-    def encode_pairs(self, query: str, documents: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        ids = self.encode([query + document for document in documents])
-        first = len(query.encode())
-        return ids, [[0] * first + [1] * (len(pair) - first) for pair in ids]
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        halves = [self.encode([*pair]) for pair in pairs]
+        return [one + two for one, two in halves], [[0] * len(one) + [1] * len(two) for one, two in halves]
 
     def render(self, messages: _Chat, add_generation_prompt: bool = True) -> list[str]:
         return ["".join(f"{message['role']}: {message['content']}\n" for message in messages)]
@@ -154,8 +154,8 @@ class FolderTokenizer:
     def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
-    def encode_pairs(self, query: str, documents: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        found = self._tokenizer.encode_batch_fast([(query, document) for document in documents])
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        found = self._tokenizer.encode_batch_fast([*pairs])
         return [pair.ids for pair in found], [pair.type_ids for pair in found]
 
     def render(self, messages: _Chat, add_generation_prompt: bool = True) -> list[str]:
@@ -255,15 +255,26 @@ def _tokenised(call: Call, model: ModelSpec, tokenizer: ModelTokenizer) -> Call:
     if call.task == "generate":
         return _tokenised_generation(call, model, tokenizer)
     type_ids = None
-    if call.task == "rerank" and model.is_cross_encoder:
-        query, *documents = map(str, call.inputs)
-        token_ids, type_ids = tokenizer.encode_pairs(query, documents)
+    if pairs := _pairs(call, model):
+        token_ids, type_ids = tokenizer.encode_pairs(pairs)
     else:
         token_ids = _encoded_inputs(call, model, tokenizer)
     for index, ids in enumerate(token_ids):
         if len(ids) > model.context_length:
             raise _too_long(call, model, index, len(ids))
     return replace(call, token_ids=token_ids, type_ids=type_ids)
+
+
+def _pairs(call: Call, model: ModelSpec) -> list[tuple[str, str]]:
+    """The texts that the model reads two at a time."""
+    texts = [text for text in call.inputs if isinstance(text, str)]
+    if call.format.get("pairs"):
+        return list(zip(texts[::2], texts[1::2], strict=True))
+    if call.task == "rerank" and model.is_cross_encoder:
+        documents = texts[call.num_queries :]
+        queries = texts[: call.num_queries] if call.num_queries > 1 else texts[:1] * len(documents)
+        return list(zip(queries, documents, strict=True))
+    return []
 
 
 def _tokenised_generation(call: Call, model: ModelSpec, tokenizer: ModelTokenizer) -> Call:
@@ -319,7 +330,7 @@ def _check_length(call: Call, model: ModelSpec, index: int, num_tokens: int) -> 
 def _too_long(
     call: Call, model: ModelSpec, index: int, num_tokens: int, hedge: str = ""
 ) -> errors.ContextLengthExceeded:
-    where = _where(call, index + (call.task == "rerank" and model.is_cross_encoder))
+    where = _where(call, index, is_pair=bool(_pairs(call, model)))
     wanted = f" and {call.max_tokens} more were requested (max_tokens)" if call.max_tokens else ""
     return errors.ContextLengthExceeded(
         f"The model's context is {model.context_length} tokens, but {where} comes to {hedge}{num_tokens}{wanted}.",
@@ -327,14 +338,17 @@ def _too_long(
     )
 
 
-def _where(call: Call, index: int) -> str:
-    """The field of the request that text `index` of the call came from."""
+def _where(call: Call, index: int, *, is_pair: bool = False) -> str:
+    """The field of the request that text `index` of the call came from, or the second text of pair `index`."""
     if call.messages is not None:
         return "messages"
-    if call.task == "rerank":
-        return "query" if index == 0 else f"documents.{index - 1}"
-    name = "prompt" if call.task == "generate" else "input"
-    return name if len(call.inputs) == 1 else f"{name}.{index}"
+    first, *second = ENDPOINTS[call.endpoint].text_fields
+    if second:
+        queries = 0 if is_pair else call.num_queries
+        if index < queries:
+            return first if queries == 1 else f"{first}.{index}"
+        return f"{second[0]}.{index - queries}"
+    return first if len(call.inputs) == 1 else f"{first}.{index}"
 
 
 def _check_vocabulary(tokens: Iterable[int], vocab_size: int, param: str) -> None:

@@ -37,7 +37,7 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     format: dict[str, Any] = field(default_factory=dict)
-    """What shapes the answer: encoding_format, dimensions, return_documents, top_n, top_logprobs, …"""
+    """What shapes the answer: encoding_format, dimensions, return_documents, top_n, top_logprobs, pairs, …"""
     options: dict[str, str | int | float] = field(default_factory=dict)
     """Echo's delays and failures."""
     token_ids: list[list[int]] = field(default_factory=list)
@@ -48,6 +48,12 @@ class Call:
     @property
     def prompt_tokens(self) -> int:
         return sum(map(len, self.token_ids))
+
+    @property
+    def num_queries(self) -> int:
+        """Of a rerank call: its inputs are so many queries, and then the documents. Several queries have as many
+        documents, one each."""
+        return int(self.format.get("num_queries", 1))
 
     def canonical(self) -> dict[str, Any]:
         """Everything that can change the stored answer, and nothing that cannot (stream, include_usage)."""

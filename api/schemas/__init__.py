@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from api import errors
+from api.schemas import tei
 from api.schemas.chat import ChatRequest
 from api.schemas.classify import ClassifyRequest
 from api.schemas.completions import CompletionRequest
@@ -22,6 +23,7 @@ from api.schemas.embeddings import EmbeddingRequest
 from api.schemas.fields import CallModel, WireModel
 from api.schemas.jobs import JobRequest
 from api.schemas.rerank import RerankRequest
+from api.schemas.score import ScoreRequest
 from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from catalog import LimitsEntry
 from tasks.call import Call
@@ -32,6 +34,10 @@ ENDPOINTS: Mapping[str, type[CallModel]] = {
     "/v1/embeddings": EmbeddingRequest,
     "/v1/classify": ClassifyRequest,
     "/v1/rerank": RerankRequest,
+    "/v1/score": ScoreRequest,
+    "/embed": tei.EmbedRequest,
+    "/predict": tei.PredictRequest,
+    "/rerank": tei.RerankRequest,
 }
 """Inference endpoint → what it reads."""
 
@@ -39,6 +45,8 @@ _OTHER_BODIES: Mapping[str, type[WireModel]] = {
     "/v1/jobs": JobRequest,
     "/v1/tokenize": TokenizeRequest,
     "/v1/detokenize": DetokenizeRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
 }
 _DEFAULT_LIMITS = LimitsEntry()
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -103,9 +111,9 @@ def openapi_extra(path: str) -> dict[str, Any]:
 def _check_limits(call: Call, limits: LimitsEntry) -> None:
     if call.n > limits.n:
         raise errors.NumberOutOfRange(f"n must be less than or equal to {limits.n}.", param="n")
-    num_inputs = len(call.inputs) - (call.task == "rerank")
+    num_inputs = len(call.inputs) - (call.num_queries if call.task == "rerank" else 0)
     if num_inputs * call.n > limits.inputs:
-        param = {"generate": "prompt", "rerank": "documents"}.get(call.task, "input")
+        param = ENDPOINTS[call.endpoint].text_fields[-1]
         raise errors.InvalidValue(f"{param} must have at most {limits.inputs // call.n} items.", param=param)
 
 

@@ -21,6 +21,7 @@ class CompletionRequest(Sampling):
     echo: Annotated[bool, Field(description="Begin the answer with the prompt; not with logprobs.")] | None = None
     best_of: Annotated[int, Field(ge=1, le=128, description="Must equal n.")] | None = None
 
+    text_fields: ClassVar = ("prompt",)
     no_effect: ClassVar = {
         **SAMPLING_NO_EFFECT,
         "suffix": NOTHING,

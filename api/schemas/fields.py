@@ -26,6 +26,9 @@ class WireModel(BaseModel):
 class CallModel(WireModel, ABC):
     """The body of an inference endpoint."""
 
+    text_fields: ClassVar[tuple[str, ...]] = ("input",)
+    """The field that the call's inputs come from; or that of its queries, and that of its documents."""
+
     @abstractmethod
     def to_call(self) -> Call:
         """The same value for every body that means the same."""
@@ -117,6 +120,12 @@ _INPUTS_SCHEMA = {
         {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1},
     ]
 }
+_TEXTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+    ]
+}
 _CONTENT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -147,6 +156,12 @@ ModelName = Annotated[str, Field(min_length=1, max_length=256, description="A mo
 Content = Annotated[str, BeforeValidator(_join_parts), WithJsonSchema(_CONTENT_SCHEMA)]
 Inputs = Annotated[list[Any], BeforeValidator(_as_inputs), WithJsonSchema(_INPUTS_SCHEMA)]
 Documents = Annotated[list[Any], BeforeValidator(_as_documents), Field(min_length=1), WithJsonSchema(_DOCUMENTS_SCHEMA)]
+OneOrMore = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+    WithJsonSchema(_TEXTS_SCHEMA),
+]
 Stop = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=16)
 ]

@@ -16,6 +16,8 @@ COMPLETIONS = "/v1/completions"
 EMBEDDINGS = "/v1/embeddings"
 CLASSIFY = "/v1/classify"
 RERANK = "/v1/rerank"
+SCORE = "/v1/score"
+EMBED, PREDICT, RANK = "/embed", "/predict", "/rerank"
 JOBS = "/v1/jobs"
 TOKENIZE = "/v1/tokenize"
 DETOKENIZE = "/v1/detokenize"
@@ -26,6 +28,10 @@ VALID: dict[str, dict[str, Any]] = {
     EMBEDDINGS: {"model": "m", "input": SECRET},
     CLASSIFY: {"model": "m", "input": SECRET},
     RERANK: {"model": "m", "query": SECRET, "documents": [SECRET]},
+    SCORE: {"model": "m", "queries": SECRET, "documents": [SECRET]},
+    EMBED: {"model": "m", "inputs": SECRET},
+    PREDICT: {"model": "m", "inputs": SECRET},
+    RANK: {"model": "m", "query": SECRET, "texts": [SECRET]},
     JOBS: {"endpoint": EMBEDDINGS, "body": {"model": "m", "input": SECRET}},
     TOKENIZE: {"model": "m", "prompt": SECRET},
     DETOKENIZE: {"model": "m", "tokens": [1]},
@@ -64,7 +70,7 @@ def message(**fields: Any) -> list[dict[str, Any]]:
 WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     # endpoint, field, value, code, param (None: the field itself)
     *[(endpoint, "model", value, "validation_error", None) for endpoint in VALID if endpoint != JOBS
-      for value in (MISSING, 7, "", None, [SECRET], SECRET * 50)],
+      for value in (*(MISSING,)[: endpoint.startswith("/v1/")], 7, "", None, [SECRET], SECRET * 50)],
     (CHAT, "messages", MISSING, "validation_error", None),
     (CHAT, "messages", [], "validation_error", None),
     (CHAT, "messages", SECRET, "validation_error", None),
@@ -196,6 +202,47 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     (RERANK, "top_n", 1.0, "validation_error", None),
     (RERANK, "return_documents", "no", "validation_error", None),
     (RERANK, "max_tokens_per_doc", 5, "unsupported_parameter", None),
+    (SCORE, "queries", MISSING, "validation_error", None),
+    (SCORE, "queries", "", "validation_error", "queries.0"),
+    (SCORE, "queries", [], "validation_error", None),
+    (SCORE, "queries", [SECRET, 7], "validation_error", "queries.1"),
+    (SCORE, "queries", [SECRET, SECRET], "validation_error", None),
+    (SCORE, "documents", MISSING, "validation_error", "queries"),
+    (SCORE, "documents", [SECRET, ""], "validation_error", "documents.1"),
+    (SCORE, "documents", {SECRET: 1}, "validation_error", None),
+    (SCORE, "documents", ["x"] * 2049, "validation_error", None),
+    (SCORE, "items", SECRET, "validation_error", "queries"),
+    (SCORE, "data_1", SECRET, "validation_error", "queries"),
+    (SCORE, "instruction", SECRET, "unsupported_parameter", None),
+    (SCORE, "use_activation", False, "unsupported_parameter", None),
+    (EMBED, "inputs", MISSING, "validation_error", None),
+    (EMBED, "inputs", "", "invalid_prompt", None),
+    (EMBED, "inputs", [SECRET, 7], "validation_error", None),
+    (EMBED, "truncate", True, "unsupported_parameter", None),
+    (EMBED, "normalize", False, "unsupported_parameter", None),
+    (EMBED, "prompt_name", SECRET, "unsupported_parameter", None),
+    (EMBED, "dimensions", 0, "number_out_of_range", None),
+    (PREDICT, "inputs", MISSING, "validation_error", None),
+    (PREDICT, "inputs", 7, "validation_error", None),
+    (PREDICT, "inputs", [], "validation_error", None),
+    (PREDICT, "inputs", [7], "validation_error", None),
+    (PREDICT, "inputs", ["a", ["b"]], "validation_error", None),
+    (PREDICT, "inputs", ["a", "b", SECRET], "validation_error", None),
+    (PREDICT, "inputs", [["a"], ["b", SECRET]], "validation_error", None),
+    (PREDICT, "inputs", [["a"], [7]], "validation_error", None),
+    (PREDICT, "inputs", [["a", "b", SECRET]], "validation_error", None),
+    (PREDICT, "inputs", [[]], "validation_error", None),
+    (PREDICT, "inputs", "", "invalid_prompt", None),
+    (PREDICT, "inputs", [["a", ""]], "invalid_prompt", None),
+    (PREDICT, "inputs", [["x"]] * 2049, "validation_error", None),
+    (PREDICT, "raw_scores", True, "unsupported_parameter", None),
+    (RANK, "query", MISSING, "validation_error", None),
+    (RANK, "texts", [], "validation_error", None),
+    (RANK, "texts", SECRET, "validation_error", None),
+    (RANK, "texts", [SECRET, 7], "validation_error", "texts.1"),
+    (RANK, "texts", ["x"] * 2049, "validation_error", None),
+    (RANK, "return_text", 1, "validation_error", None),
+    (RANK, "documents", [SECRET], "unknown_field", None),
     (JOBS, "endpoint", MISSING, "validation_error", None),
     (JOBS, "endpoint", SECRET, "validation_error", None),
     (JOBS, "endpoint", "/v1/models", "validation_error", None),

@@ -25,6 +25,10 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"model": "m", "input": "hi"},
     "/v1/classify": {"model": "m", "input": "hi"},
     "/v1/rerank": {"model": "m", "query": "q", "documents": ["a", "b"]},
+    "/v1/score": {"model": "m", "queries": "q", "documents": ["a", "b"]},
+    "/embed": {"model": "m", "inputs": "hi"},
+    "/predict": {"model": "m", "inputs": "hi"},
+    "/rerank": {"model": "m", "query": "q", "texts": ["a", "b"]},
 }
 
 
@@ -152,6 +156,14 @@ EQUAL = [
     ("/v1/rerank", {"top_n": 0}, {}),
     ("/v1/rerank", {"top_n": 2}, {"top_n": 99}),
     ("/v1/rerank", {"return_documents": True}, {}),
+    ("/v1/score", {"queries": ["q"]}, {}),
+    ("/v1/score", {"documents": None, "items": ["a", "b"]}, {}),
+    ("/v1/score", {"queries": None, "documents": None, "data_1": "q", "data_2": ["a", "b"]}, {}),
+    ("/v1/score", {"queries": None, "documents": None, "text_1": "q", "text_2": ["a", "b"]}, {}),
+    ("/v1/score", {"documents": "a"}, {"documents": ["a"]}),
+    ("/embed", {"inputs": ["hi"], "normalize": True, "truncate": False}, {}),
+    ("/predict", {"inputs": ["hi"], "raw_scores": False, "truncation_direction": "right"}, {}),
+    ("/rerank", {"return_text": False}, {}),
 ]
 
 UNEQUAL = [
@@ -176,6 +188,13 @@ UNEQUAL = [
     ("/v1/rerank", {"documents": ["b", "a"]}, {}),
     ("/v1/rerank", {"top_n": 1}, {}),
     ("/v1/rerank", {"return_documents": False}, {}),
+    ("/v1/score", {"queries": ["q", "r"]}, {}),
+    ("/v1/score", {"queries": ["q", "a"], "documents": ["b", "c"]}, {"queries": ["q"], "documents": ["a", "b", "c"]}),
+    ("/embed", {"inputs": ["hi", "hi"]}, {}),
+    ("/predict", {"inputs": [["hi"]]}, {}),
+    ("/predict", {"inputs": ["hi", "ho"]}, {"inputs": [["hi"], ["ho"]]}),
+    ("/predict", {"inputs": ["hi", "ho"]}, {"inputs": [["hi", "ho"]]}),
+    ("/rerank", {"return_text": True}, {}),
 ]
 
 
@@ -268,6 +287,21 @@ def test_encoder_calls() -> None:
     rerank = parsed("/v1/rerank", top_n=1)
     assert (rerank.task, rerank.inputs) == ("rerank", ["q", "a", "b"])
     assert rerank.format == {"return_documents": True, "top_n": 1}
+    score = parsed("/v1/score", queries=["q", "r"])
+    assert (score.task, score.inputs, score.num_queries) == ("rerank", ["q", "r", "a", "b"], 2)
+    assert (parsed("/v1/score").num_queries, parsed("/v1/score").format) == (1, {})
+
+
+def test_a_flat_list_of_two_texts_is_one_pair() -> None:
+    def shape(inputs: Any) -> tuple[list[Any], dict[str, Any]]:
+        call = parsed("/predict", inputs=inputs)
+        return call.inputs, call.format
+
+    assert shape("a") == shape(["a"]) == (["a"], {"is_single": True})
+    assert shape(["a", "b"]) == (["a", "b"], {"is_single": True, "pairs": True})
+    assert shape([["a"], ["b"]]) == (["a", "b"], {})
+    assert shape([["a", "b"], ["c", "d"]]) == (["a", "b", "c", "d"], {"pairs": True})
+    assert parsed("/embed", model="auto") == schemas.parse("/embed", {"inputs": "hi"}, LIMITS)
 
 
 @pytest.mark.parametrize("endpoint", MINIMAL)
@@ -320,13 +354,15 @@ def test_limits_of_the_installation() -> None:
         ("/v1/embeddings", {"model": "m", "input": ["a"] * 5}, "input"),
         ("/v1/classify", {"model": "m", "input": [[1]] * 5}, "input"),
         ("/v1/rerank", {"model": "m", "query": "q", "documents": ["a"] * 5}, "documents"),
+        ("/v1/score", {"model": "m", "queries": ["a"] * 5, "documents": ["a"] * 5}, "documents"),
+        ("/predict", {"inputs": [["a"]] * 5}, "inputs"),
     ]:
         with pytest.raises(errors.APIError) as caught:
             schemas.parse(endpoint, body, small)
         assert caught.value.param == param
 
 
-@pytest.mark.parametrize("path", [*MINIMAL, "/v1/jobs", "/v1/tokenize", "/v1/detokenize"])
+@pytest.mark.parametrize("path", [*MINIMAL, "/v1/jobs", "/v1/tokenize", "/v1/detokenize", "/tokenize"])
 def test_openapi_schema_stands_alone(path: str) -> None:
     extra = schemas.openapi_extra(path)
     schema = extra["requestBody"]["content"]["application/json"]["schema"]

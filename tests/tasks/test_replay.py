@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from backends.base import Chunk, FinishReason, TokenLogprob
 from tasks import replay, responses, stream
 from tasks.call import Call
+from tasks.identity import CHAT, COMPLETIONS, Identity
 from tasks.output import Output, Piece
-from tasks.responses import CHAT, COMPLETIONS, Frames, Identity
 from tasks.stream import Event, Interrupted
 
 
@@ -60,10 +60,10 @@ def test_a_replayed_stream_has_the_live_frames(
                 writer.write(index, outputs[index].push(Chunk((step,), pieces[step], reason, logprobs)))
         if all(output.finish_reason for output in outputs):
             break
-    live = Frames(identity, call)
+    live = responses.frames(identity, call)
     expected = [live.event(event) for event in writer.pending]
     body = responses.generated(identity, call, outputs)
-    again = Frames(identity, call)
+    again = responses.frames(identity, call)
     stored = replay.encode(writer.first, writer.marks)
     assert [again.event(event) for event in replay.events(call, body, stored)] == expected
 

@@ -56,7 +56,7 @@ async def authenticate(request: Request) -> ApiKey:
     """The caller of a request. Every route but the health checks depends on this."""
     keys: Keys = request.app.state.keys
     try:
-        key = await keys.verify(request.headers.get("authorization", ""))
+        key = await keys.verify(_authorization(request))
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if key is None:
@@ -64,6 +64,12 @@ async def authenticate(request: Request) -> ApiKey:
     entry = request.state.log
     entry.tenant, entry.api_key_id = key.tenant, key.id
     return key
+
+
+def _authorization(request: Request) -> str:
+    """Anthropic's clients send the bare key, as `x-api-key`."""
+    given = request.headers.get("authorization")
+    return given if given is not None else f"Bearer {request.headers.get('x-api-key', '')}"
 
 
 class CallerRoute(APIRoute):

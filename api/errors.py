@@ -240,6 +240,8 @@ def render(error: APIError, *, request_id: str | None = None, accept: str = "", 
     headers = dict(error.extra_headers)
     if request_id:
         headers["x-request-id"] = request_id
+        if form is not None:
+            headers["request-id"] = request_id
     if error.is_permanent:
         headers["x-should-retry"] = "false"
     if error.retry_after_s is not None:

@@ -15,7 +15,7 @@ import structlog
 
 import catalog
 import settings
-from api import errors, fingerprints, ids, refusals, wishes
+from api import error_forms, errors, fingerprints, ids, refusals, wishes
 from api.prompts import Prompts
 from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
@@ -183,14 +183,14 @@ class Gateway:
                      after: int = 0) -> AsyncIterator[bytes]:  # fmt: skip
         """The watched job's run as server-sent events, each with its number as id, from the first one after
         number `after`. Where Redis lost some, the rest is made from the stored answer. A stream that fails ends
-        with an error event, never with `[DONE]`."""
+        with an error event, never as a whole one does."""
         try:
             async for piece in self._frames(identity, flight_id, call, watch, after):
                 yield piece
         except Interrupted:
-            yield errors.stream_error(errors.StreamInterrupted())
+            yield error_forms.stream_error(call.endpoint, errors.StreamInterrupted())
         except errors.APIError as error:
-            yield errors.stream_error(error)
+            yield error_forms.stream_error(call.endpoint, error)
 
     async def _frames(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch,
                       after: int) -> AsyncIterator[bytes]:  # fmt: skip

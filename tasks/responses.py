@@ -8,9 +8,9 @@ endpoints has a file of its own; `_FAMILIES` says whose is whose.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from tasks import responses_openai
+from tasks import responses_anthropic, responses_openai
 from tasks.call import Call
-from tasks.identity import CHAT, COMPLETIONS, Identity, StoredChoice
+from tasks.identity import CHAT, COMPLETIONS, MESSAGES, Identity, StoredChoice
 from tasks.output import Output
 from tasks.stream import Event
 
@@ -39,6 +39,7 @@ class _Family(Protocol):
 _FAMILIES: Mapping[str, _Family] = {
     CHAT: responses_openai,
     COMPLETIONS: responses_openai,
+    MESSAGES: responses_anthropic,
 }
 
 

@@ -22,6 +22,7 @@ from api.schemas.completions import CompletionRequest
 from api.schemas.embeddings import EmbeddingRequest
 from api.schemas.fields import CallModel, WireModel
 from api.schemas.jobs import JobRequest
+from api.schemas.messages import CountTokensRequest, MessagesRequest
 from api.schemas.rerank import RerankRequest
 from api.schemas.score import ScoreRequest
 from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
@@ -35,6 +36,7 @@ ENDPOINTS: Mapping[str, type[CallModel]] = {
     "/v1/classify": ClassifyRequest,
     "/v1/rerank": RerankRequest,
     "/v1/score": ScoreRequest,
+    "/v1/messages": MessagesRequest,
     "/embed": tei.EmbedRequest,
     "/predict": tei.PredictRequest,
     "/rerank": tei.RerankRequest,
@@ -46,6 +48,7 @@ _OTHER_BODIES: Mapping[str, type[WireModel]] = {
     "/v1/tokenize": TokenizeRequest,
     "/v1/detokenize": DetokenizeRequest,
     "/tokenize": TokenizeRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
     "/detokenize": DetokenizeRequest,
 }
 _DEFAULT_LIMITS = LimitsEntry()
@@ -138,6 +141,8 @@ def _without_idle_fields(
 def _refusal(model: type[WireModel], problem: ErrorDetails) -> errors.APIError:
     kind, loc = problem["type"], problem["loc"]
     param = _param(loc)
+    if kind.startswith("at:"):  # a model validator of a part of the body names the field
+        param = f"{param}.{kind.removeprefix('at:')}"
     row: type[errors.APIError]
     if kind == "extra_forbidden":
         if _path(loc) in model.no_effect:

@@ -17,6 +17,7 @@ class JobRequest(WireModel):
         "/v1/classify",
         "/v1/rerank",
         "/v1/score",
+        "/v1/messages",
         "/embed",
         "/predict",
         "/rerank",

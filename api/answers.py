@@ -79,14 +79,15 @@ async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey,
     if wish.preference_applied:
         headers |= {"Preference-Applied": wish.preference_applied, "Vary": "Prefer"}
     if call.stream and not wish.is_async:
-        return EventStream(_watched(gateway, made, caller, wish), 200, headers | NO_BUFFERING, SSE)
+        headers |= NO_BUFFERING | server_timing(made.steps, {})
+        return EventStream(_watched(gateway, made, caller, wish), 200, headers, SSE)
     try:
         outcome = await _wait(request, gateway, made, caller, wish)
     finally:
         made.watch.close()
     if outcome is None:
         return await _accepted(gateway, made, caller, headers)
-    return _from_outcome(gateway, entry, outcome, headers)
+    return _from_outcome(gateway, entry, outcome, headers | times(outcome, made.steps))
 
 
 async def _wait(request: Request, gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish) -> Outcome | None:
@@ -142,7 +143,7 @@ def _from_outcome(gateway: Gateway, entry: Entry, outcome: Outcome, headers: dic
     if outcome.status is not JobStatus.SUCCEEDED:
         raise gateway.error_of(outcome)
     _count_usage(entry, outcome.usage)
-    return Response(outcome.body, 200, headers | times(outcome), "application/json")
+    return Response(outcome.body, 200, headers, "application/json")
 
 
 def _from_cache(entry: Entry, call: Call, hit: Hit) -> Response:
@@ -193,7 +194,16 @@ def _headers(made: Accepted) -> dict[str, str]:
     return headers | {"Idempotent-Replayed": "true"} if made.is_replayed else headers
 
 
-def times(outcome: Outcome) -> dict[str, str]:
-    """Milliseconds in the queue and in the worker."""
+def times(outcome: Outcome, steps: Mapping[str, float] | None = None) -> dict[str, str]:
+    """Milliseconds in the queue and in the worker, and of every step in Server-Timing's form; how many attempts."""
     measured = {"x-queue-time": outcome.queue_ms, "x-inference-time": outcome.run_ms}
-    return {name: f"{value:.1f}" for name, value in measured.items() if value is not None}
+    headers = {name: f"{value:.1f}" for name, value in measured.items() if value is not None}
+    spent = {"queue": outcome.queue_ms, "ttft": outcome.ttft_ms, "run": outcome.run_ms}
+    return headers | {"x-attempts": str(outcome.attempt)} | server_timing(steps or {}, spent)
+
+
+def server_timing(steps: Mapping[str, float], spent: Mapping[str, float | None]) -> dict[str, str]:
+    """The gateway's `steps`, and then what was `spent` on the job."""
+    known = {name.removesuffix("_ms"): ms for name, ms in steps.items()} | dict(spent)
+    metrics = [f"{name};dur={ms:.1f}" for name, ms in known.items() if ms is not None]
+    return {"Server-Timing": ", ".join(metrics)} if metrics else {}

@@ -8,7 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import orjson
 import structlog
@@ -61,6 +61,8 @@ class Accepted:
     watch: Watch
     is_replayed: bool = False
     """An earlier sending of the same request made the job."""
+    steps: dict[str, float] = field(default_factory=dict)
+    """What the gateway did before the job, in milliseconds."""
 
     @property
     def identity(self) -> Identity:
@@ -158,7 +160,9 @@ class Gateway:
         if plan.is_refresh:
             self.recent_hits.clear()
         job = self._new_job(ready, caller, wish, request_id, decision, verdict, plan, keys, steps.done)
-        return await self._accept(job, ready, decision.reason, caller, wish)
+        accepted = await self._accept(job, ready, decision.reason, caller, wish)
+        accepted.steps = steps.done
+        return accepted
 
     async def wait(self, watch: Watch, wait_s: float) -> Outcome | None:
         """The outcome once the watched job has ended; None if it takes longer than `wait_s`."""

@@ -51,6 +51,11 @@ class Call:
         return sum(map(len, self.token_ids))
 
     @property
+    def service_tier(self) -> str | None:
+        """flex or priority, where the caller asked for one of them."""
+        return self.format.get("service_tier")
+
+    @property
     def num_queries(self) -> int:
         """Of a rerank call: its inputs are so many queries, and then the documents. Several queries have as many
         documents, one each."""

@@ -21,7 +21,12 @@ def generated(identity: Identity, call: Call, outputs: Sequence[Output]) -> byte
     """A chat completion or text completion."""
     choices = [_choice(identity, call, index, output) for index, output in enumerate(outputs)]
     kind = "chat.completion" if identity.endpoint == CHAT else "text_completion"
-    return orjson.dumps({**identity.head(kind), "choices": choices, "usage": usage_of(call, outputs)})
+    return orjson.dumps({**_head(identity, call, kind), "choices": choices, "usage": usage_of(call, outputs)})
+
+
+def _head(identity: Identity, call: Call, kind: str) -> dict[str, Any]:
+    tier = call.service_tier
+    return identity.head(kind) if tier is None else {**identity.head(kind), "service_tier": tier}
 
 
 def _choice(identity: Identity, call: Call, index: int, output: Output) -> dict[str, Any]:
@@ -85,7 +90,7 @@ class Frames:
     def __init__(self, identity: Identity, call: Call) -> None:
         self._identity, self._call = identity, call
         self._is_chat = identity.endpoint == CHAT
-        self._head = identity.head("chat.completion.chunk" if self._is_chat else "text_completion")
+        self._head = _head(identity, call, "chat.completion.chunk" if self._is_chat else "text_completion")
         self._wants_logprobs = call.params.get("logprobs") is not None
         self._started: set[int] = set()
         self._lengths: dict[int, int] = {}

@@ -67,7 +67,9 @@ class ChatRequest(Sampling):
 
     def to_call(self) -> Call:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        shape: dict[str, Any] = {} if logprobs is None else {"top_logprobs": logprobs}
+        shape: dict[str, Any] = {**self.tier()}
+        if logprobs is not None:
+            shape["top_logprobs"] = logprobs
         if self.tools and self.tool_choice != "none":
             shape["tools"] = [tool.function.as_dict() for tool in self.tools]
             if self.parallel_tool_calls is False:

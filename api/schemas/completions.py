@@ -40,7 +40,9 @@ class CompletionRequest(Sampling):
         return self
 
     def to_call(self) -> Call:
-        shape: dict[str, Any] = {} if self.logprobs is None else {"top_logprobs": self.logprobs}
+        shape: dict[str, Any] = {**self.tier()}
+        if self.logprobs is not None:
+            shape["top_logprobs"] = self.logprobs
         if self.echo:
             shape["echo"] = True
         return Call(

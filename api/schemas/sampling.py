@@ -68,7 +68,7 @@ class Sampling(CallModel):
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
     metadata: Metadata | None = Field(None, description="Accepted, and not kept: answers are not stored objects.")
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     options: EchoOptions | None = None
 
     @model_validator(mode="after")
@@ -85,6 +85,10 @@ class Sampling(CallModel):
         """The `SamplingParams` fields that change something. JSON types only, in a fixed order."""
         given = {} if logprobs is None else {"logprobs": logprobs}
         return canonical({name: getattr(self, name) for name in self.model_fields_set & _SAMPLING_FIELDS}, given)
+
+    def tier(self) -> dict[str, str]:
+        """The tier that was asked for by name. An answer says it, so requests of two tiers share no run."""
+        return {"service_tier": self.service_tier} if self.service_tier in ("flex", "priority") else {}
 
     def stops(self) -> list[str]:
         """Whichever matches first ends the text, so neither order nor repetition means anything."""

@@ -134,7 +134,7 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
         ("stop_token_ids", 5), ("stop_token_ids", [1] * 65), ("stream_options", {"include_usage": True}),
         ("stream_options", SECRET), ("user", 7), ("user", SECRET * 50), ("metadata", [SECRET]),
         ("metadata", {SECRET: 1}), ("metadata", {SECRET * 10: "v"}), ("metadata", {"k": SECRET * 50}),
-        ("metadata", {f"{SECRET}{key}": "v" for key in range(17)}), ("service_tier", "flex"),
+        ("metadata", {f"{SECRET}{key}": "v" for key in range(17)}), ("service_tier", "scale"),
         ("service_tier", SECRET), ("options", [SECRET]),
     ]],
     (CHAT, "stop", [""], "validation_error", "stop.0"),

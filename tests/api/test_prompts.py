@@ -430,6 +430,28 @@ def test_templates_find_what_transformers_gives_them(tmp_path: Path, template: s
     assert tiny_folder(tmp_path, template).render([{"role": "user", "content": "hi"}]) == [expected]
 
 
+TOOLS_TEMPLATE = "{{ tools | tojson if tools }}{% for m in messages %}{{ m.role }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+
+
+def test_tools_reach_a_template_that_has_a_place_for_them(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "description": "a<s>b", "parameters": {}}}]
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x<s>": 1}}}
+    history = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokenizer = tiny_folder(tmp_path, TOOLS_TEMPLATE)
+    assert tokenizer.knows_tools
+    pieces = tokenizer.render(history, tools=tools)
+    assert "".join(pieces) == json.dumps(tools) + "assistant" + json.dumps([call])
+    assert not any("<s>" in piece for piece in pieces), "neither a definition nor a call can hold control tokens"
+
+
+async def test_tools_are_refused_where_the_template_has_no_place_for_them(encoding: Prompts, models: Catalog) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    answer = {"role": "tool", "tool_call_id": "c", "content": "x"}
+    assert (await refused(encoding, models, chat("hi", tools=[tool]))).param == "tools"
+    error = await refused(encoding, models, chat("hi", answer))
+    assert (error.code, error.param) == ("unsupported_parameter", "messages.1")
+
+
 def test_template_file_comes_before_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("file")
     assert tiny_folder(tmp_path, "configuration").render([]) == ["file"]

@@ -208,6 +208,7 @@ UNEQUAL = [
     ("/v1/rerank", {"return_documents": False}, {}),
     ("/v1/score", {"queries": ["q", "r"]}, {}),
     ("/v1/score", {"queries": ["q", "a"], "documents": ["b", "c"]}, {"queries": ["q"], "documents": ["a", "b", "c"]}),
+    (CHAT, {"service_tier": "flex"}, {}),
     (CHAT, {"tools": [TOOL]}, {}),
     (CHAT, {"tools": [TOOL], "parallel_tool_calls": False}, {"tools": [TOOL]}),
     (MESSAGES, {"system": "s"}, {}),

@@ -19,8 +19,9 @@ from db.job_views import Outcome
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from db.request_log import Entry
+from tasks import responses
 from tasks.call import Call
-from tasks.responses import Frames, Identity
+from tasks.identity import Identity
 
 SSE = "text/event-stream"
 _UNREAD_S = 30.0
@@ -67,7 +68,7 @@ async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey,
     if gateway.config.log_prompts:
         entry.prompt = orjson.dumps(call.messages or call.inputs).decode()
     try:
-        made = await gateway.submit(call, caller, wish, entry.request_id)
+        made = await gateway.submit(call, caller, wishes.in_tier(wish, call), entry.request_id)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if isinstance(made, Hit):
@@ -80,14 +81,15 @@ async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey,
     if wish.preference_applied:
         headers |= {"Preference-Applied": wish.preference_applied, "Vary": "Prefer"}
     if call.stream and not wish.is_async:
-        return EventStream(_watched(gateway, made, caller, wish), 200, headers | NO_BUFFERING, SSE)
+        headers |= NO_BUFFERING | server_timing(made.steps, {})
+        return EventStream(_watched(gateway, made, caller, wish), 200, headers, SSE)
     try:
         outcome = await _wait(request, gateway, made, caller, wish)
     finally:
         made.watch.close()
     if outcome is None:
         return await _accepted(gateway, made, caller, headers)
-    return _from_outcome(gateway, entry, outcome, headers)
+    return _from_outcome(gateway, entry, outcome, headers | times(outcome, made.steps))
 
 
 async def _wait(request: Request, gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish) -> Outcome | None:
@@ -143,7 +145,7 @@ def _from_outcome(gateway: Gateway, entry: Entry, outcome: Outcome, headers: dic
     if outcome.status is not JobStatus.SUCCEEDED:
         raise gateway.error_of(outcome)
     _count_usage(entry, outcome.usage)
-    return Response(outcome.body, 200, headers | times(outcome), "application/json")
+    return Response(outcome.body, 200, headers, "application/json")
 
 
 def _from_cache(entry: Entry, call: Call, hit: Hit) -> Response:
@@ -152,7 +154,7 @@ def _from_cache(entry: Entry, call: Call, hit: Hit) -> Response:
     if not call.stream:
         return _Stored(hit.body, _hit_headers(hit, "application/json"))
     body = orjson.loads(hit.body)
-    frames = Frames(Identity(call.endpoint, hit.job_id, hit.model, body["created"]), call)
+    frames = responses.frames(Identity(call.endpoint, hit.job_id, hit.model, body.get("created", 0)), call)
     streamed = b"".join(frames.replay(body))
     extra = [(name.lower().encode(), value.encode()) for name, value in NO_BUFFERING.items()]
     return _Stored(streamed, [*_hit_headers(hit, SSE), *extra])
@@ -194,7 +196,16 @@ def _headers(made: Accepted) -> dict[str, str]:
     return headers | {"Idempotent-Replayed": "true"} if made.is_replayed else headers
 
 
-def times(outcome: Outcome) -> dict[str, str]:
-    """Milliseconds in the queue and in the worker."""
+def times(outcome: Outcome, steps: Mapping[str, float] | None = None) -> dict[str, str]:
+    """Milliseconds in the queue and in the worker, and of every step in Server-Timing's form; how many attempts."""
     measured = {"x-queue-time": outcome.queue_ms, "x-inference-time": outcome.run_ms}
-    return {name: f"{value:.1f}" for name, value in measured.items() if value is not None}
+    headers = {name: f"{value:.1f}" for name, value in measured.items() if value is not None}
+    spent = {"queue": outcome.queue_ms, "ttft": outcome.ttft_ms, "run": outcome.run_ms}
+    return headers | {"x-attempts": str(outcome.attempt)} | server_timing(steps or {}, spent)
+
+
+def server_timing(steps: Mapping[str, float], spent: Mapping[str, float | None]) -> dict[str, str]:
+    """The gateway's `steps`, and then what was `spent` on the job."""
+    known = {name.removesuffix("_ms"): ms for name, ms in steps.items()} | dict(spent)
+    metrics = [f"{name};dur={ms:.1f}" for name, ms in known.items() if ms is not None]
+    return {"Server-Timing": ", ".join(metrics)} if metrics else {}

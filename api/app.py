@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 import settings
-from api import errors
+from api import error_forms, errors
 from api.auth import Keys
 from api.gateway import Gateway
 from api.request_log import RequestLog
-from api.routes import admin, cache, health, inference, jobs, models
+from api.routes import admin, cache, health, inference, jobs, messages, models, tei
 
 VERSION = "0.1.0"
 
@@ -29,8 +29,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app() -> FastAPI:
     """The ASGI application of one gateway process."""
     app = FastAPI(title="Switchyard", version=VERSION, lifespan=_lifespan, docs_url="/docs", redoc_url=None)
-    for family in (inference, jobs, models, cache, admin, health):
+    for family in (inference, messages, tei, jobs, models, cache, admin, health):
         app.include_router(family.router)
-    errors.install(app)
+    for more in (models.aliases, tei.descriptions):
+        app.include_router(more)
+    errors.install(app, error_forms.FORMS)
     app.add_middleware(RequestLog)
     return app

@@ -94,7 +94,7 @@ def _is_local(request: Request) -> bool:
 async def _caller(request: Request) -> ApiKey:
     keys: Keys = request.app.state.keys
     try:
-        key = await keys.verify(request.headers.get("authorization", ""))
+        key = await keys.verify(_authorization(request))
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if key is None:
@@ -104,6 +104,12 @@ async def _caller(request: Request) -> ApiKey:
     if rate_limits.is_limited(key):
         request.state.limited = key
     return key
+
+
+def _authorization(request: Request) -> str:
+    """Anthropic's clients send the bare key, as `x-api-key`."""
+    given = request.headers.get("authorization")
+    return given if given is not None else f"Bearer {request.headers.get('x-api-key', '')}"
 
 
 class CallerRoute(APIRoute):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import orjson
 import structlog
@@ -20,6 +20,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from api.error_forms import Form
 
 log = structlog.get_logger(__name__)
 
@@ -253,21 +256,24 @@ def as_dict(error: APIError) -> dict[str, str | None]:
     return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
 
 
-def render(error: APIError, *, request_id: str | None = None, accept: str = "") -> Response:
-    """OpenAI's body, or RFC 9457's where `accept` names application/problem+json."""
+def render(error: APIError, *, request_id: str | None = None, accept: str = "", form: "Form | None" = None) -> Response:
+    """OpenAI's body, or that of `form`, or RFC 9457's where `accept` names application/problem+json."""
     headers = dict(error.extra_headers)
     if request_id:
         headers["x-request-id"] = request_id
+        if form is not None:
+            headers["request-id"] = request_id
     if error.is_permanent:
         headers["x-should-retry"] = "false"
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
+    status, body, media_type = error.status, {"error": as_dict(error)}, "application/json"
     if "application/problem+json" in accept.lower():
         body, media_type = _problem(error, request_id), "application/problem+json"
-    else:
-        body, media_type = {"error": as_dict(error)}, "application/json"
-    return Response(orjson.dumps(body), error.status, headers, media_type)
+    elif form is not None:
+        status, body = form(error, request_id)
+    return Response(orjson.dumps(body), status, headers, media_type)
 
 
 def stream_error(error: APIError) -> bytes:
@@ -283,9 +289,10 @@ def from_job(error: Mapping[str, Any]) -> APIError:
     return row(error.get("message"), param=error.get("param"))
 
 
-def install(app: FastAPI) -> None:
-    """Answer every failure of `app` from the table. Call after its other middleware is added, so that
-    failures of those are answered too."""
+def install(app: FastAPI, forms: "Mapping[str, Form] | None" = None) -> None:
+    """Answer every failure of `app` from the table, on the paths of `forms` in theirs. Call after its other
+    middleware is added, so that failures of those are answered too."""
+    app.state.error_forms = forms or {}
     app.add_exception_handler(APIError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_framework_validation)
@@ -303,7 +310,8 @@ def _answer(request: Request, error: APIError) -> Response:
     request_id = getattr(request.state, "request_id", None)
     if (entry := getattr(request.state, "log", None)) is not None:
         entry.error_code = error.code
-    return render(error, request_id=request_id, accept=request.headers.get("accept", ""))
+    form = request.app.state.error_forms.get(request.url.path)
+    return render(error, request_id=request_id, accept=request.headers.get("accept", ""), form=form)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -8,7 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import orjson
@@ -16,7 +16,7 @@ import structlog
 
 import catalog
 import settings
-from api import errors, fingerprints, ids, refusals, wishes
+from api import error_forms, errors, fingerprints, ids, refusals, wishes
 from api.prompts import Prompts
 from api.rate_limits import RateLimits
 from api.recent_hits import RecentHits
@@ -31,11 +31,11 @@ from db.job_views import Backlog, DeadLetters, Depth, Outcome
 from db.lanes import Lane, LaneDown
 from db.models import TERMINAL, JobStatus
 from db.session import Cursor
-from tasks import inference, metrics, replay, router, transport
+from tasks import inference, metrics, replay, responses, router, transport
 from tasks.call import Call
 from tasks.fair_share import FairShare, Level, Priority
+from tasks.identity import Identity
 from tasks.limiter import Limiter
-from tasks.responses import Frames, Identity
 from tasks.router import Decision, Load
 from tasks.stream import Interrupted, Subscriber, Watch
 
@@ -69,6 +69,8 @@ class Accepted:
     watch: Watch
     is_replayed: bool = False
     """An earlier sending of the same request made the job."""
+    steps: dict[str, float] = field(default_factory=dict)
+    """What the gateway did before the job, in milliseconds."""
 
     @property
     def identity(self) -> Identity:
@@ -178,7 +180,9 @@ class Gateway:
         if plan.is_refresh:
             self.recent_hits.clear()
         job = self._new_job(ready, caller, wish, request_id, decision, verdict, plan, keys, steps.done)
-        return await self._accept(job, ready, decision, caller, wish)
+        accepted = await self._accept(job, ready, decision, caller, wish)
+        accepted.steps = steps.done
+        return accepted
 
     async def wait(self, watch: Watch, wait_s: float) -> Outcome | None:
         """The outcome once the watched job has ended; None if it takes longer than `wait_s`."""
@@ -203,18 +207,18 @@ class Gateway:
                      after: int = 0) -> AsyncIterator[bytes]:  # fmt: skip
         """The watched job's run as server-sent events, each with its number as id, from the first one after
         number `after`. Where Redis lost some, the rest is made from the stored answer. A stream that fails ends
-        with an error event, never with `[DONE]`."""
+        with an error event, never as a whole one does."""
         try:
             async for piece in self._frames(identity, flight_id, call, watch, after):
                 yield piece
         except Interrupted:
-            yield errors.stream_error(errors.StreamInterrupted())
+            yield error_forms.stream_error(call.endpoint, errors.StreamInterrupted())
         except errors.APIError as error:
-            yield errors.stream_error(error)
+            yield error_forms.stream_error(call.endpoint, error)
 
     async def _frames(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch,
                       after: int) -> AsyncIterator[bytes]:  # fmt: skip
-        frames = Frames(identity, call)
+        frames = responses.frames(identity, call)
         seen, is_whole = after, False
         async for event in self.subscriber.events(watch, flight_id, _KEEP_ALIVE_S):
             if event is None:
@@ -232,13 +236,13 @@ class Gateway:
         if outcome is None or outcome.body is None:
             raise self.error_of(outcome)
         if not is_whole:
-            frames = Frames(identity, call)
+            frames = responses.frames(identity, call)
             for event in replay.events(call, outcome.body, outcome.events):
                 made = frames.event(event)
                 if event.is_new_to(seen):
                     seen = event.seq
                     yield made
-        yield frames.end(outcome.usage)
+        yield frames.end(outcome.usage, outcome.body)
 
     async def cancel(self, job_id: uuid.UUID, tenant: str) -> JobStatus | None:
         """Cancel for good; the state afterwards, None if the tenant has no such job."""

@@ -16,7 +16,7 @@ from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from tasks.call import Call
 from tasks.fair_share import Priority
-from tasks.responses import Identity
+from tasks.identity import Identity
 
 
 async def create(request: Request, caller: ApiKey) -> Response:

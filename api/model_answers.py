@@ -12,6 +12,7 @@ from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from catalog import ModelSpec
 from db.api_keys import ApiKey
 
+_ENCODING = {"embed", "classify", "rerank"}
 _CREATED = 1_735_689_600
 """OpenAI's model object has a creation time; ours is fixed, for a folder's own says nothing."""
 
@@ -25,6 +26,34 @@ def everything(request: Request, caller: ApiKey) -> Response:
 def one(request: Request, caller: ApiKey, name: str) -> Response:
     gateway: Gateway = request.app.state.gateway
     return _json(_model(gateway, _known(gateway, caller, name)))
+
+
+def info(request: Request, caller: ApiKey, name: str) -> Response:
+    """text-embeddings-inference's answer, as far as it is true of a server of many models."""
+    gateway: Gateway = request.app.state.gateway
+    served = gateway.catalog_for(caller)
+    encoders = [model for model in served.models.values() if model.entry.auto and set(model.tasks) & _ENCODING]
+    model = (encoders[0] if encoders else None) if name == "auto" else served.model(name)
+    if model is None:
+        raise errors.ModelNotFound(param="model")
+    backends = [gateway.catalog.backends[backend].entry for backend in model.entry.backends]
+    labels = dict(enumerate(model.labels))
+    kind: dict[str, object] = {"embedding": {}}
+    if "embed" not in model.tasks:
+        named = {"id2label": labels, "label2id": {label: number for number, label in labels.items()}}
+        kind = {"classifier" if "classify" in model.tasks else "reranker": named}
+    body = {
+        "model_id": model.name,
+        "model_sha": model.revision,
+        "model_dtype": str(backends[0].options.get("dtype", "auto")),
+        "model_type": kind,
+        "max_concurrent_requests": sum(backend.concurrency for backend in backends),
+        "max_input_length": model.context_length,
+        "max_client_batch_size": gateway.catalog.limits.inputs,
+        "auto_truncate": False,
+        "version": request.app.version,
+    }
+    return Response(orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS), media_type="application/json")
 
 
 async def tokenize(request: Request, caller: ApiKey) -> Response:

@@ -8,7 +8,7 @@ import asyncio
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
@@ -24,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders
 
 from api import errors
+from api.schemas import ENDPOINTS
 from api.schemas.tokenize import TokenizeRequest
 from catalog import Catalog, CatalogError, ModelSpec
 from tasks.call import Call
@@ -33,7 +35,8 @@ _INLINE_CHARS = 2_000
 of the event loop; the hop to a thread and back costs 0.1 ms, more than a typical chat of 300 characters."""
 _NUM_THREADS = 4
 
-_Chat = list[dict[str, str]]
+_Chat = list[dict[str, Any]]
+_Tools = list[dict[str, Any]]
 _Result = TypeVar("_Result")
 
 
@@ -62,13 +65,22 @@ class Prompts:
         what the answer repeats. Raises InvalidPrompt, ContextLengthExceeded, or InvalidValue for a token id
         outside the vocabulary."""
         prepare = partial(_tokenised, call, model, self._tokenizers[model.name])
-        return await self._run(prepare, _num_chars(call.inputs, call.messages))
+        return await self._run(prepare, _num_chars(call.inputs, call.messages, call.format.get("tools")))
 
     async def count(self, request: TokenizeRequest, model: ModelSpec) -> TokenCount:
         """What a prompt or a chat comes to, however long it is."""
         count = partial(_counted, request, model, self._tokenizers[model.name])
         messages = [message.as_dict() for message in request.messages or ()]
         return await self._run(count, _num_chars([request.prompt or ""], messages))
+
+    async def count_chat(self, messages: _Chat, tools: _Tools | None, model: ModelSpec) -> int:
+        """What a chat comes to, as the model would be given it."""
+
+        def count() -> int:
+            return len(_joined(tokenizer.encode(_rendered(messages, tools, tokenizer), False)))
+
+        tokenizer = self._tokenizers[model.name]
+        return await self._run(count, _num_chars([], messages, tools))
 
     async def detokenize(self, model: ModelSpec, tokens: list[int]) -> str:
         """The text of `tokens`, special tokens spelled out. Raises InvalidValue outside the vocabulary."""
@@ -89,10 +101,14 @@ class ModelTokenizer(Protocol):
 
     def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]: ...
 
-    def encode_pairs(self, query: str, documents: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and segment ids of (query, document), for each document."""
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and segment ids of each pair of texts."""
 
-    def render(self, messages: _Chat, add_generation_prompt: bool = True) -> list[str]:
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the model's chat template has a place for tools."""
+
+    def render(self, messages: _Chat, add_generation_prompt: bool = True, tools: _Tools | None = None) -> list[str]:
         """A chat as text, in pieces to be tokenised apart and without added special tokens. Raises
         InvalidPrompt where the model's template refuses the messages."""
 
@@ -112,13 +128,18 @@ class ByteTokenizer:
     def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
-    def encode_pairs(self, query: str, documents: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        ids = self.encode([query + document for document in documents])
-        first = len(query.encode())
-        return ids, [[0] * first + [1] * (len(pair) - first) for pair in ids]
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        halves = [self.encode([*pair]) for pair in pairs]
+        return [one + two for one, two in halves], [[0] * len(one) + [1] * len(two) for one, two in halves]
 
-    def render(self, messages: _Chat, add_generation_prompt: bool = True) -> list[str]:
-        return ["".join(f"{message['role']}: {message['content']}\n" for message in messages)]
+    knows_tools = True
+
+    def render(self, messages: _Chat, add_generation_prompt: bool = True, tools: _Tools | None = None) -> list[str]:
+        lines = [f"tools: {_tojson(tools)}\n"] if tools else []
+        for message in messages:
+            calls = [_tojson(call["function"]) for call in message.get("tool_calls", ())]
+            lines.append(f"{message['role']}: {message['content']}{''.join(calls)}\n")
+        return ["".join(lines)]
 
     def decode(self, tokens: list[int]) -> str:
         return bytes(tokens).decode(errors="replace")
@@ -154,18 +175,23 @@ class FolderTokenizer:
     def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
-    def encode_pairs(self, query: str, documents: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        found = self._tokenizer.encode_batch_fast([(query, document) for document in documents])
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        found = self._tokenizer.encode_batch_fast([*pairs])
         return [pair.ids for pair in found], [pair.type_ids for pair in found]
 
-    def render(self, messages: _Chat, add_generation_prompt: bool = True) -> list[str]:
+    @property
+    def knows_tools(self) -> bool:
+        return self._template is not None and self._template.knows_tools
+
+    def render(self, messages: _Chat, add_generation_prompt: bool = True, tools: _Tools | None = None) -> list[str]:
         if self._template is None:
             raise errors.InvalidPrompt("This model has no chat template; use /v1/completions.", param="messages")
-        if not any(self._specials.are_in(message["content"]) for message in messages):
-            return [self._template.render(messages, add_generation_prompt)]
-        cut = f"\ufdd0{secrets.token_hex(8)}\ufdd0"
-        apart = [message | {"content": self._specials.cut(message["content"], cut)} for message in messages]
-        return self._template.render(apart, add_generation_prompt).split(cut)
+        if not any(map(self._specials.are_in, _texts(messages, tools))):
+            return [self._template.render(messages, add_generation_prompt, tools)]
+        mark = f"\ufdd0{secrets.token_hex(8)}\ufdd0"
+        cut = partial(self._specials.cut, mark=mark)
+        apart = [{**_mapped(message, cut), "role": message["role"]} for message in messages]
+        return self._template.render(apart, add_generation_prompt, _mapped(tools, cut)).split(mark)
 
     def decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
@@ -175,6 +201,37 @@ class FolderTokenizer:
 
     def fewest_tokens(self, num_chars: int) -> int:
         return num_chars // self._longest_token if self._longest_token else 0
+
+
+def _texts(messages: _Chat, tools: _Tools | None) -> Iterator[str]:
+    """Every text of the caller's in a chat."""
+    for message in messages:
+        yield message["content"]
+        if "tool_calls" in message or "tool_call_id" in message:
+            yield from _strings({name: value for name, value in message.items() if name != "role"})
+    yield from _strings(tools)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON's types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A value of JSON's types with every text changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _mapped(inner, change) for key, inner in value.items()}
+    return [_mapped(inner, change) for inner in value] if isinstance(value, list) else value
 
 
 class _Specials:
@@ -213,14 +270,15 @@ class _ChatTemplate:
         self._source = source
         self._template = environment.from_string(source)
         self._variables = variables
+        self.knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
 
-    def render(self, messages: _Chat, add_generation_prompt: bool) -> str:
+    def render(self, messages: _Chat, add_generation_prompt: bool, tools: _Tools | None) -> str:
         """Raises InvalidPrompt where the template refuses the messages."""
         try:
             return self._template.render(
                 self._variables,
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -255,9 +313,8 @@ def _tokenised(call: Call, model: ModelSpec, tokenizer: ModelTokenizer) -> Call:
     if call.task == "generate":
         return _tokenised_generation(call, model, tokenizer)
     type_ids = None
-    if call.task == "rerank" and model.is_cross_encoder:
-        query, *documents = map(str, call.inputs)
-        token_ids, type_ids = tokenizer.encode_pairs(query, documents)
+    if pairs := _pairs(call, model):
+        token_ids, type_ids = tokenizer.encode_pairs(pairs)
     else:
         token_ids = _encoded_inputs(call, model, tokenizer)
     for index, ids in enumerate(token_ids):
@@ -266,9 +323,21 @@ def _tokenised(call: Call, model: ModelSpec, tokenizer: ModelTokenizer) -> Call:
     return replace(call, token_ids=token_ids, type_ids=type_ids)
 
 
+def _pairs(call: Call, model: ModelSpec) -> list[tuple[str, str]]:
+    """The texts that the model reads two at a time."""
+    texts = [text for text in call.inputs if isinstance(text, str)]
+    if call.format.get("pairs"):
+        return list(zip(texts[::2], texts[1::2], strict=True))
+    if call.task == "rerank" and model.is_cross_encoder:
+        documents = texts[call.num_queries :]
+        queries = texts[: call.num_queries] if call.num_queries > 1 else texts[:1] * len(documents)
+        return list(zip(queries, documents, strict=True))
+    return []
+
+
 def _tokenised_generation(call: Call, model: ModelSpec, tokenizer: ModelTokenizer) -> Call:
     if call.messages is not None:
-        pieces = tokenizer.render(call.messages)
+        pieces = _rendered(call.messages, call.format.get("tools"), tokenizer)
         _check_fewest(call, model, 0, tokenizer.fewest_tokens(_num_chars(pieces)))
         token_ids = [_joined(tokenizer.encode(pieces, False))]
     else:
@@ -289,6 +358,18 @@ def _tokenised_generation(call: Call, model: ModelSpec, tokenizer: ModelTokenize
     if call.format.get("echo"):
         inputs = [tokenizer.decode(given) if isinstance(given, list) else given for given in inputs]
     return replace(call, inputs=inputs, token_ids=token_ids, max_tokens=max_tokens)
+
+
+def _rendered(messages: _Chat, tools: _Tools | None, tokenizer: ModelTokenizer) -> list[str]:
+    if not tokenizer.knows_tools:
+        if tools:
+            raise errors.UnsupportedParameter("The model's chat template has no place for tools.", param="tools")
+        for index, message in enumerate(messages):
+            if message["role"] == "tool" or "tool_calls" in message:
+                raise errors.UnsupportedParameter(
+                    "The model's chat template has no place for tools.", param=f"messages.{index}"
+                )
+    return tokenizer.render(messages, tools=tools)
 
 
 def _encoded_inputs(call: Call, model: ModelSpec, tokenizer: ModelTokenizer) -> list[list[int]]:
@@ -319,7 +400,7 @@ def _check_length(call: Call, model: ModelSpec, index: int, num_tokens: int) -> 
 def _too_long(
     call: Call, model: ModelSpec, index: int, num_tokens: int, hedge: str = ""
 ) -> errors.ContextLengthExceeded:
-    where = _where(call, index + (call.task == "rerank" and model.is_cross_encoder))
+    where = _where(call, index, is_pair=bool(_pairs(call, model)))
     wanted = f" and {call.max_tokens} more were requested (max_tokens)" if call.max_tokens else ""
     return errors.ContextLengthExceeded(
         f"The model's context is {model.context_length} tokens, but {where} comes to {hedge}{num_tokens}{wanted}.",
@@ -327,14 +408,17 @@ def _too_long(
     )
 
 
-def _where(call: Call, index: int) -> str:
-    """The field of the request that text `index` of the call came from."""
+def _where(call: Call, index: int, *, is_pair: bool = False) -> str:
+    """The field of the request that text `index` of the call came from, or the second text of pair `index`."""
     if call.messages is not None:
         return "messages"
-    if call.task == "rerank":
-        return "query" if index == 0 else f"documents.{index - 1}"
-    name = "prompt" if call.task == "generate" else "input"
-    return name if len(call.inputs) == 1 else f"{name}.{index}"
+    first, *second = ENDPOINTS[call.endpoint].text_fields
+    if second:
+        queries = 0 if is_pair else call.num_queries
+        if index < queries:
+            return first if queries == 1 else f"{first}.{index}"
+        return f"{second[0]}.{index - queries}"
+    return first if len(call.inputs) == 1 else f"{first}.{index}"
 
 
 def _check_vocabulary(tokens: Iterable[int], vocab_size: int, param: str) -> None:
@@ -362,8 +446,9 @@ def _joined(pieces: list[list[int]]) -> list[int]:
     return pieces[0] if len(pieces) == 1 else [token for ids in pieces for token in ids]
 
 
-def _num_chars(inputs: Iterable[str | list[int]], messages: _Chat | None = None) -> int:
-    return sum(map(len, inputs)) + sum(len(message["content"]) for message in messages or ())
+def _num_chars(inputs: Iterable[str | list[int]], messages: _Chat | None = None, tools: _Tools | None = None) -> int:
+    in_messages = sum(len(message["content"]) for message in messages or ())
+    return sum(map(len, inputs)) + in_messages + (sum(map(len, _strings(tools))) if tools else 0)
 
 
 def _chat_template(folder: Path) -> _ChatTemplate | None:

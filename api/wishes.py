@@ -6,7 +6,7 @@
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.datastructures import Headers
 
@@ -104,6 +104,13 @@ def _cancel_after(value: str | None) -> float | None:
     if match is None or int(match[1]) == 0:
         raise errors.InvalidValue("Cancel-After must be a whole number of seconds, or end in s, m or h.")
     return float(int(match[1]) * _UNITS_S[match[2]])
+
+
+def in_tier(wish: Wish, call: Call) -> Wish:
+    """The wish at the priority of the call's service tier, unless it names one itself."""
+    if call.service_tier is None or wish.priority is not Priority.DEFAULT:
+        return wish
+    return replace(wish, priority=Priority[call.service_tier.upper()])
 
 
 @functools.cache

@@ -24,8 +24,9 @@ class Call:
     task: Task
     model: str
     """As requested until the router has chosen, then the chosen model's own name."""
-    messages: list[dict[str, str]] | None = None
-    """Chat only: [{"role", "content"}, …], content parts already joined to text."""
+    messages: list[dict[str, Any]] | None = None
+    """Chat only: [{"role", "content"}, …], content parts already joined to text; some with `tool_calls` or
+    `tool_call_id`."""
     inputs: list[str | list[int]] = field(default_factory=list)
     """Completion prompts; encoder texts; for rerank the query and then the documents."""
     n: int = 1
@@ -37,7 +38,7 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     format: dict[str, Any] = field(default_factory=dict)
-    """What shapes the answer: encoding_format, dimensions, return_documents, top_n, top_logprobs, …"""
+    """What shapes the answer: encoding_format, dimensions, return_documents, top_n, top_logprobs, pairs, tools, …"""
     options: dict[str, str | int | float] = field(default_factory=dict)
     """Echo's delays and failures."""
     token_ids: list[list[int]] = field(default_factory=list)
@@ -55,6 +56,17 @@ class Call:
         generated = len(self.token_ids) * self.n * (self.max_tokens or 0) if self.task == "generate" else 0
         return self.prompt_tokens + generated
 
+    @property
+    def service_tier(self) -> str | None:
+        """flex or priority, where the caller asked for one of them."""
+        return self.format.get("service_tier")
+
+    @property
+    def num_queries(self) -> int:
+        """Of a rerank call: its inputs are so many queries, and then the documents. Several queries have as many
+        documents, one each."""
+        return int(self.format.get("num_queries", 1))
+
     def canonical(self) -> dict[str, Any]:
         """Everything that can change the stored answer, and nothing that cannot (stream, include_usage)."""
         return {
@@ -70,10 +82,11 @@ class Call:
         }
 
     def without_text(self) -> "Call":
-        """The form a job stores once tokenised: prompts live on as token ids alone, except where the
-        answer repeats them (rerank's documents, completions' echo)."""
+        """The form a job stores once tokenised: prompts (and the definitions of tools in them) live on as token
+        ids alone, except where the answer repeats them (rerank's documents, completions' echo)."""
         keeps_inputs = self.format.get("return_documents") or self.format.get("echo")
-        return replace(self, messages=None, inputs=self.inputs if keeps_inputs else [])
+        shape = {**self.format, "tools": True} if "tools" in self.format else self.format
+        return replace(self, messages=None, inputs=self.inputs if keeps_inputs else [], format=shape)
 
     def encode(self) -> bytes:
         # orjson writes a dataclass natively; dataclasses.asdict would copy every token id (3 ms at 2,000).

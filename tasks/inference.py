@@ -8,10 +8,10 @@ import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 import structlog
@@ -23,16 +23,20 @@ from db import jobs
 from db.jobs import Claimed, Suspect
 from db.lanes import Answer, Lane, LaneDown
 from db.models import JobStatus
-from tasks import celery, metrics, replay, responses, stream, transport
+from tasks import celery, metrics, replay, responses, responses_encoders, stream, transport
 from tasks.call import VERSION, Call
 from tasks.fair_share import Level
+from tasks.identity import Identity, usage_of
 from tasks.output import Output
-from tasks.responses import Identity
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tasks.worker import Worker
 
 log = structlog.get_logger()
+
+_Result = TypeVar("_Result")
 
 
 def enqueue(
@@ -167,27 +171,43 @@ async def _compute(worker: "Worker", attempt: Run) -> bytes:
         options=call.options,
     )
     if call.task == "embed":
-        return responses.embedded(identity, call, await worker.backend.embed(wanted))
+        return responses_encoders.embedded(identity, call, await worker.backend.embed(wanted))
     if call.task == "rerank":
-        return responses.reranked(identity, call, await worker.backend.rerank(wanted))
+        return responses_encoders.scored(identity, call, await _scores(worker, wanted, call.num_queries))
     labels = attempt.model.labels or [f"LABEL_{index}" for index in range(2)]
-    return responses.classified(identity, call, await worker.backend.classify(wanted), labels)
+    return responses_encoders.classified(identity, call, await worker.backend.classify(wanted), labels)
+
+
+async def _scores(worker: "Worker", wanted: EncodeCall, num_queries: int) -> "Sequence[float] | np.ndarray":
+    """A score per document. A bi-encoder takes one query at a time; the backend batches what comes together."""
+    if num_queries == 1 or wanted.type_ids is not None:
+        return await worker.backend.rerank(wanted)
+    pairs = zip(wanted.inputs[:num_queries], wanted.inputs[num_queries:], strict=True)
+    scores = await _together([
+        worker.backend.rerank(replace(wanted, request_id=f"{wanted.request_id}-{at}", inputs=[query, document]))
+        for at, (query, document) in enumerate(pairs)
+    ])  # fmt: skip
+    return [float(score[0]) for score in scores]
 
 
 async def _generate(worker: "Worker", attempt: Run) -> None:
-    """Run every choice at once; the first failure stops the others."""
     call = attempt.call
     if not attempt.outputs:
         attempt.outputs = [_output(attempt) for _ in range(len(call.token_ids) * call.n)]
     if len(attempt.outputs) == 1:
         await _sequence(worker, attempt, 0)
         return
+    await _together([_sequence(worker, attempt, choice) for choice in range(len(attempt.outputs))])
+
+
+async def _together(works: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """Run them at once; the first failure stops the others."""
     try:
         async with asyncio.TaskGroup() as group:
-            for choice in range(len(attempt.outputs)):
-                group.create_task(_sequence(worker, attempt, choice))
+            running = [group.create_task(work) for work in works]
     except BaseExceptionGroup as failed:
         raise min(failed.exceptions, key=_gravity) from None
+    return [one.result() for one in running]
 
 
 def _gravity(error: BaseException) -> int:
@@ -270,7 +290,7 @@ async def _writer(worker: "Worker", attempt: Run) -> stream.Writer:
 async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
     job, call = attempt.job, attempt.call
     attempt.is_finishing = True
-    usage = responses.usage_of(call, attempt.outputs)
+    usage = usage_of(call, attempt.outputs)
     run_s = time.monotonic() - attempt.started
     ttft_s = attempt.first_chunk_s if attempt.first_chunk_s is not None else run_s
     writer = attempt.writer

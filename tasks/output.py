@@ -40,18 +40,21 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    matched_stop: str | None = None
+    """The stop string that ended it."""
     _held: str = ""
 
     def push(self, chunk: Chunk) -> Piece:
         """Take the next chunk. A piece with a finish_reason is the last: stop generating then."""
         self._held += chunk.text
-        cut = _first(self._held, self.stop)
-        if cut is not None:
+        found = _first(self._held, self.stop)
+        if found is not None:
+            cut, self.matched_stop = found
             self._held = self._held[:cut]
             return self._release(chunk, len(self._held), "stop")
         if chunk.finish_reason is not None:
             return self._release(chunk, len(self._held), chunk.finish_reason)
-        return self._release(chunk, len(self._held) - _overlap(self._held, self.stop + self.mask), None)
+        return self._release(chunk, len(self._held) - overlap(self._held, self.stop + self.mask), None)
 
     def resume(self, piece: Piece) -> None:
         """Take a piece that an earlier attempt has shown already."""
@@ -82,13 +85,13 @@ class Output:
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
 
-def _first(text: str, wanted: list[str]) -> int | None:
-    """Where the earliest of the wanted strings begins."""
-    found = [position for position in map(text.find, wanted) if position >= 0]
+def _first(text: str, wanted: list[str]) -> tuple[int, str] | None:
+    """Where the earliest of the wanted strings begins, and which it is."""
+    found = [(position, string) for string in wanted if (position := text.find(string)) >= 0]
     return min(found, default=None)
 
 
-def _overlap(text: str, wanted: list[str]) -> int:
+def overlap(text: str, wanted: list[str]) -> int:
     """How many characters at the end may be the beginning of a wanted string.
 
     A whole masked string needs no holding back, but one that may still grow into a longer one does."""

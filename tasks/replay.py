@@ -6,13 +6,13 @@ is kept.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import orjson
 
+from tasks import responses
 from tasks.call import Call
+from tasks.identity import StoredChoice
 from tasks.output import Piece
-from tasks.responses import echoed
 from tasks.stream import Event
 
 Mark = tuple[int, int, int]
@@ -26,47 +26,31 @@ def encode(first: int, marks: Sequence[Mark]) -> bytes:
 
 def events(call: Call, body: bytes, stored: bytes | None) -> Iterator[Event]:
     """The events of the answer `body`. Without stored marks (the job was not streamed) one for each choice."""
-    choices = orjson.loads(body)["choices"]
-    rest = {choice["index"]: _Rest(call, choice) for choice in choices}
+    rest = {choice.index: _Rest(choice) for choice in responses.stored(call, orjson.loads(body))}
     if stored is None:
         for seq, (index, one) in enumerate(rest.items(), 1):
-            yield Event(seq, index, one.take(len(one.text), len(one.logprobs), is_last=True))
+            yield Event(seq, index, one.take_all())
         return
     decoded = orjson.loads(stored)
     marks = decoded["marks"]
     last_of = {mark[0]: position for position, mark in enumerate(marks)}
     for position, (index, length, num_logprobs) in enumerate(marks):
-        piece = rest[index].take(length, num_logprobs, is_last=last_of[index] == position)
+        is_last = last_of[index] == position
+        piece = rest[index].take_all() if is_last else rest[index].take(length, num_logprobs)
         yield Event(decoded["first"] + position, index, piece)
 
 
 class _Rest:
     """What of one choice has not been taken yet."""
 
-    def __init__(self, call: Call, choice: dict[str, Any]) -> None:
-        self.finish_reason = choice["finish_reason"]
-        logprobs = choice.get("logprobs")
-        if "message" in choice:
-            self.text: str = choice["message"]["content"]
-            self.logprobs: list[dict[str, Any]] = (logprobs or {}).get("content") or []
-        else:
-            self.text = choice["text"].removeprefix(echoed(call, choice["index"]))
-            self.logprobs = _entries(logprobs) if logprobs else []
+    def __init__(self, choice: StoredChoice) -> None:
+        self._text, self._logprobs = choice.text, choice.logprobs
+        self._finish_reason = choice.finish_reason
 
-    def take(self, length: int, num_logprobs: int, *, is_last: bool) -> Piece:
-        text, self.text = self.text[:length], self.text[length:]
-        logprobs, self.logprobs = self.logprobs[:num_logprobs], self.logprobs[num_logprobs:]
-        return Piece(text, (), logprobs, self.finish_reason if is_last else None)
+    def take(self, length: int, num_logprobs: int) -> Piece:
+        text, self._text = self._text[:length], self._text[length:]
+        logprobs, self._logprobs = self._logprobs[:num_logprobs], self._logprobs[num_logprobs:]
+        return Piece(text, (), logprobs)
 
-
-def _entries(logprobs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The completions form of log probabilities, token by token."""
-    rows = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
-    return [
-        {
-            "token": token,
-            "logprob": logprob,
-            "top_logprobs": [{"token": name, "logprob": value} for name, value in top.items()],
-        }
-        for token, logprob, top in rows
-    ]
+    def take_all(self) -> Piece:
+        return Piece(self._text, (), self._logprobs, self._finish_reason)

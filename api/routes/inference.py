@@ -40,3 +40,9 @@ async def classify(request: Request, caller: Caller) -> Response:
 async def rerank(request: Request, caller: Caller) -> Response:
     """Documents by relevance to a query."""
     return await answers.infer(request, "/v1/rerank", caller)
+
+
+@router.post("/score", openapi_extra=schemas.openapi_extra("/v1/score"))
+async def score(request: Request, caller: Caller) -> Response:
+    """How relevant each document is to its query."""
+    return await answers.infer(request, "/v1/score", caller)

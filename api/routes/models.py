@@ -8,6 +8,8 @@ from api import auth, model_answers, schemas
 from db.api_keys import ApiKey
 
 router = APIRouter(prefix="/v1", tags=["models"])
+aliases = APIRouter(tags=["models"])
+"""vLLM's own paths of the same routes."""
 
 Caller = Annotated[ApiKey, Depends(auth.authenticate)]
 
@@ -24,12 +26,14 @@ async def get_model(request: Request, caller: Caller, model: str) -> Response:
     return model_answers.one(request, caller, model)
 
 
+@aliases.post("/tokenize", openapi_extra=schemas.openapi_extra("/tokenize"), operation_id="tokenize_alias")
 @router.post("/tokenize", openapi_extra=schemas.openapi_extra("/v1/tokenize"))
 async def tokenize(request: Request, caller: Caller) -> Response:
     """The tokens of a prompt or of a chat."""
     return await model_answers.tokenize(request, caller)
 
 
+@aliases.post("/detokenize", openapi_extra=schemas.openapi_extra("/detokenize"), operation_id="detokenize_alias")
 @router.post("/detokenize", openapi_extra=schemas.openapi_extra("/v1/detokenize"))
 async def detokenize(request: Request, caller: Caller) -> Response:
     """The text of tokens."""

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from api import errors
+from api.schemas import tei
 from api.schemas.admin import KeyChange, KeyRequest, TenantChange
 from api.schemas.chat import ChatRequest
 from api.schemas.classify import ClassifyRequest
@@ -22,7 +23,9 @@ from api.schemas.completions import CompletionRequest
 from api.schemas.embeddings import EmbeddingRequest
 from api.schemas.fields import CallModel, WireModel
 from api.schemas.jobs import JobRequest
+from api.schemas.messages import CountTokensRequest, MessagesRequest
 from api.schemas.rerank import RerankRequest
+from api.schemas.score import ScoreRequest
 from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from catalog import LimitsEntry
 from tasks.call import Call
@@ -33,6 +36,11 @@ ENDPOINTS: Mapping[str, type[CallModel]] = {
     "/v1/embeddings": EmbeddingRequest,
     "/v1/classify": ClassifyRequest,
     "/v1/rerank": RerankRequest,
+    "/v1/score": ScoreRequest,
+    "/v1/messages": MessagesRequest,
+    "/embed": tei.EmbedRequest,
+    "/predict": tei.PredictRequest,
+    "/rerank": tei.RerankRequest,
 }
 """Inference endpoint → what it reads."""
 
@@ -43,6 +51,9 @@ _OTHER_BODIES: Mapping[str, type[WireModel]] = {
     "/admin/v1/keys": KeyRequest,
     "/admin/v1/keys/{id}": KeyChange,
     "/admin/v1/tenants/{id}": TenantChange,
+    "/tokenize": TokenizeRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
+    "/detokenize": DetokenizeRequest,
 }
 _DEFAULT_LIMITS = LimitsEntry()
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -110,9 +121,9 @@ def openapi_extra(path: str) -> dict[str, Any]:
 def _check_limits(call: Call, limits: LimitsEntry) -> None:
     if call.n > limits.n:
         raise errors.NumberOutOfRange(f"n must be less than or equal to {limits.n}.", param="n")
-    num_inputs = len(call.inputs) - (call.task == "rerank")
+    num_inputs = len(call.inputs) - (call.num_queries if call.task == "rerank" else 0)
     if num_inputs * call.n > limits.inputs:
-        param = {"generate": "prompt", "rerank": "documents"}.get(call.task, "input")
+        param = ENDPOINTS[call.endpoint].text_fields[-1]
         raise errors.InvalidValue(f"{param} must have at most {limits.inputs // call.n} items.", param=param)
 
 
@@ -137,6 +148,8 @@ def _without_idle_fields(
 def _refusal(model: type[WireModel], problem: ErrorDetails) -> errors.APIError:
     kind, loc = problem["type"], problem["loc"]
     param = _param(loc)
+    if kind.startswith("at:"):  # a model validator of a part of the body names the field
+        param = f"{param}.{kind.removeprefix('at:')}"
     row: type[errors.APIError]
     if kind == "extra_forbidden":
         if _path(loc) in model.no_effect:

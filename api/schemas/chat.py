@@ -1,17 +1,18 @@
 """POST /v1/chat/completions: OpenAI's request, with vLLM's extra sampling fields."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from api.schemas.fields import FALSE, MESSAGE_NO_EFFECT, NOTHING, Messages
 from api.schemas.sampling import SAMPLING_NO_EFFECT, Sampling
+from api.schemas.tools import NamedTool, Tools
 from tasks.call import Call
 
 
 class ChatRequest(Sampling):
-    """Text in, text out: no tools, no structured output, no other modality."""
+    """Text in, text and calls of tools out: no structured output, no other modality."""
 
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1, description="The same as max_tokens.")] | None = (
@@ -19,6 +20,9 @@ class ChatRequest(Sampling):
     )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[Tools, Field(description="For models whose chat template knows tools.")] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     no_effect: ClassVar = {
         **SAMPLING_NO_EFFECT,
@@ -29,9 +33,7 @@ class ChatRequest(Sampling):
         "web_search_options": NOTHING,
         "reasoning_effort": (None, "none"),
         "verbosity": (None, "medium"),
-        "tools": (None, []),
-        "tool_choice": (None, "none", "auto"),
-        "parallel_tool_calls": (None, True, False),
+        "tools.function.strict": FALSE,
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
         "best_of": (None, 1),
@@ -55,8 +57,23 @@ class ChatRequest(Sampling):
             raise PydanticCustomError("min_tokens", "must not be greater than max_tokens")
         return self
 
+    @model_validator(mode="after")
+    def _tools_agree(self) -> "ChatRequest":
+        if self.tool_choice not in (None, "none", "auto"):
+            if not self.tools:
+                raise PydanticCustomError("tool_choice", "is only allowed with tools")
+            raise PydanticCustomError("unsupported:tool_choice", "can only be auto or none")
+        return self
+
     def to_call(self) -> Call:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        shape: dict[str, Any] = {**self.tier()}
+        if logprobs is not None:
+            shape["top_logprobs"] = logprobs
+        if self.tools and self.tool_choice != "none":
+            shape["tools"] = [tool.function.as_dict() for tool in self.tools]
+            if self.parallel_tool_calls is False:
+                shape["most_tool_calls"] = 1
         return Call(
             endpoint="/v1/chat/completions",
             task="generate",
@@ -68,6 +85,6 @@ class ChatRequest(Sampling):
             stop=self.stops(),
             stream=bool(self.stream),
             include_usage=self.include_usage,
-            format={} if logprobs is None else {"top_logprobs": logprobs},
+            format=shape,
             options=self.options.given() if self.options else {},
         )

@@ -21,6 +21,7 @@ class CompletionRequest(Sampling):
     echo: Annotated[bool, Field(description="Begin the answer with the prompt; not with logprobs.")] | None = None
     best_of: Annotated[int, Field(ge=1, le=128, description="Must equal n.")] | None = None
 
+    text_fields: ClassVar = ("prompt",)
     no_effect: ClassVar = {
         **SAMPLING_NO_EFFECT,
         "suffix": NOTHING,
@@ -39,7 +40,9 @@ class CompletionRequest(Sampling):
         return self
 
     def to_call(self) -> Call:
-        shape: dict[str, Any] = {} if self.logprobs is None else {"top_logprobs": self.logprobs}
+        shape: dict[str, Any] = {**self.tier()}
+        if self.logprobs is not None:
+            shape["top_logprobs"] = self.logprobs
         if self.echo:
             shape["echo"] = True
         return Call(

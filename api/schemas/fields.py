@@ -4,12 +4,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+import orjson
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from api import decoding, errors
+from catalog import LimitsEntry
 from tasks.call import Call
 
 MAX_TOKEN_ID = 2**31 - 1
+MAX_TOOLS = 128
+_LIMITS = LimitsEntry()
 
 
 class WireModel(BaseModel):
@@ -25,6 +38,9 @@ class WireModel(BaseModel):
 
 class CallModel(WireModel, ABC):
     """The body of an inference endpoint."""
+
+    text_fields: ClassVar[tuple[str, ...]] = ("input",)
+    """The field that the call's inputs come from; or that of its queries, and that of its documents."""
 
     @abstractmethod
     def to_call(self) -> Call:
@@ -117,6 +133,12 @@ _INPUTS_SCHEMA = {
         {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1},
     ]
 }
+_TEXTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+    ]
+}
 _CONTENT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -147,11 +169,18 @@ ModelName = Annotated[str, Field(min_length=1, max_length=256, description="A mo
 Content = Annotated[str, BeforeValidator(_join_parts), WithJsonSchema(_CONTENT_SCHEMA)]
 Inputs = Annotated[list[Any], BeforeValidator(_as_inputs), WithJsonSchema(_INPUTS_SCHEMA)]
 Documents = Annotated[list[Any], BeforeValidator(_as_documents), Field(min_length=1), WithJsonSchema(_DOCUMENTS_SCHEMA)]
+OneOrMore = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+    WithJsonSchema(_TEXTS_SCHEMA),
+]
 Stop = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=16)
 ]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Label = Annotated[str, Field(max_length=512)]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)]
 
 
@@ -169,15 +198,64 @@ class EchoOptions(WireModel):
         return {name: value for name, value in self if value}
 
 
+class FunctionCall(WireModel):
+    """What a function was called with."""
+
+    name: FunctionName
+    arguments: Annotated[str, Field(description="A JSON object, as text.")]
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_an_object(cls, value: str) -> str:
+        try:
+            decoding.decode(value.encode(), _LIMITS)
+        except errors.APIError:
+            raise PydanticCustomError("validation_error", "must be a JSON object, as text") from None
+        return value
+
+
+class ToolCall(WireModel):
+    """A call in an earlier answer."""
+
+    id: Label
+    type: Literal["function"]
+    function: FunctionCall
+
+    def as_dict(self) -> dict[str, Any]:
+        """Arguments as an object, as chat templates expect them."""
+        function = {"name": self.function.name, "arguments": orjson.loads(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
 class Message(WireModel):
     """One message of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Label | None = None
 
-    def as_dict(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _fields_fit_the_role(self) -> "Message":
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("at:tool_calls", "is only allowed in messages of the assistant")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError("at:tool_call_id", "is required in messages of tools, and only there")
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("at:content", "must be a string, or a list of text parts")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
         """`developer` is the newer name of `system`; chat templates know only the older."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        made: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content or "",
+        }
+        if self.tool_calls:
+            made["tool_calls"] = [call.as_dict() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            made["tool_call_id"] = self.tool_call_id
+        return made
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=2048)]
@@ -187,9 +265,7 @@ MESSAGE_NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "messages.refusal": NOTHING,
     "messages.audio": NOTHING,
     "messages.annotations": (None, []),
-    "messages.tool_calls": (None, []),
     "messages.function_call": NOTHING,
-    "messages.tool_call_id": NOTHING,
     "messages.reasoning": NOTHING,
     "messages.reasoning_content": NOTHING,
 }

@@ -10,7 +10,18 @@ from api.schemas.fields import Metadata, WireModel
 class JobRequest(WireModel):
     """An inference endpoint and the body it would get."""
 
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify", "/v1/rerank"]
+    endpoint: Literal[
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/classify",
+        "/v1/rerank",
+        "/v1/score",
+        "/v1/messages",
+        "/embed",
+        "/predict",
+        "/rerank",
+    ]
     body: dict[str, Any]
     metadata: Metadata | None = None
     priority: Literal["priority", "default", "flex"] = "default"

@@ -22,6 +22,7 @@ class RerankRequest(CallModel):
     user: Label | None = None
     options: EchoOptions | None = None
 
+    text_fields: ClassVar = ("query", "documents")
     no_effect: ClassVar = {
         **COMMON_NO_EFFECT,
         "max_tokens_per_doc": NOTHING,

@@ -68,7 +68,7 @@ class Sampling(CallModel):
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
     metadata: Metadata | None = Field(None, description="Accepted, and not kept: answers are not stored objects.")
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     options: EchoOptions | None = None
 
     @model_validator(mode="after")
@@ -83,16 +83,23 @@ class Sampling(CallModel):
 
     def params(self, logprobs: int | None) -> dict[str, Any]:
         """The `SamplingParams` fields that change something. JSON types only, in a fixed order."""
-        given: dict[str, Any] = {} if logprobs is None else {"logprobs": logprobs}
-        for name in self.model_fields_set & _SAMPLING_FIELDS:
-            value = getattr(self, name)
-            if value is not None and (value := _canonical(name, value)) != _NO_EFFECT_VALUES[name]:
-                given[name] = value
-        return dict(sorted(given.items())) if len(given) > 1 else given
+        given = {} if logprobs is None else {"logprobs": logprobs}
+        return canonical({name: getattr(self, name) for name in self.model_fields_set & _SAMPLING_FIELDS}, given)
+
+    def tier(self) -> dict[str, str]:
+        """The tier that was asked for by name. An answer says it, so requests of two tiers share no run."""
+        return {"service_tier": self.service_tier} if self.service_tier in ("flex", "priority") else {}
 
     def stops(self) -> list[str]:
         """Whichever matches first ends the text, so neither order nor repetition means anything."""
         return sorted(set(self.stop)) if self.stop else []
+
+
+def canonical(fields: Mapping[str, Any], given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Those of the fields that change something, and what is `given` already, in a fixed order."""
+    changed = {name: _canonical(name, value) for name, value in fields.items() if value is not None}
+    made = {**(given or {}), **{name: value for name, value in changed.items() if value != _NO_EFFECT_VALUES[name]}}
+    return dict(sorted(made.items())) if len(made) > 1 else made
 
 
 def _canonical(name: str, value: Any) -> Any:

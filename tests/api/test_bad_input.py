@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from api import decoding, errors, schemas
+from api.schemas.messages import CountTokensRequest
 from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from catalog import LimitsEntry
 
@@ -16,6 +17,9 @@ COMPLETIONS = "/v1/completions"
 EMBEDDINGS = "/v1/embeddings"
 CLASSIFY = "/v1/classify"
 RERANK = "/v1/rerank"
+SCORE = "/v1/score"
+EMBED, PREDICT, RANK = "/embed", "/predict", "/rerank"
+MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 JOBS = "/v1/jobs"
 TOKENIZE = "/v1/tokenize"
 DETOKENIZE = "/v1/detokenize"
@@ -26,11 +30,19 @@ VALID: dict[str, dict[str, Any]] = {
     EMBEDDINGS: {"model": "m", "input": SECRET},
     CLASSIFY: {"model": "m", "input": SECRET},
     RERANK: {"model": "m", "query": SECRET, "documents": [SECRET]},
+    SCORE: {"model": "m", "queries": SECRET, "documents": [SECRET]},
+    MESSAGES: {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": SECRET}]},
+    COUNT: {"model": "m", "messages": [{"role": "user", "content": SECRET}]},
+    EMBED: {"model": "m", "inputs": SECRET},
+    PREDICT: {"model": "m", "inputs": SECRET},
+    RANK: {"model": "m", "query": SECRET, "texts": [SECRET]},
     JOBS: {"endpoint": EMBEDDINGS, "body": {"model": "m", "input": SECRET}},
     TOKENIZE: {"model": "m", "prompt": SECRET},
     DETOKENIZE: {"model": "m", "tokens": [1]},
 }
 MISSING = object()
+CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 
 
 def refusal(endpoint: str, body: bytes) -> errors.APIError:
@@ -38,6 +50,8 @@ def refusal(endpoint: str, body: bytes) -> errors.APIError:
         decoded = decoding.decode(body, LIMITS)
         if endpoint == JOBS:
             schemas.parse_job(decoded, LIMITS)
+        elif endpoint == COUNT:
+            schemas.read(CountTokensRequest, decoded)
         elif endpoint == TOKENIZE:
             schemas.read(TokenizeRequest, decoded)
         elif endpoint == DETOKENIZE:
@@ -64,7 +78,7 @@ def message(**fields: Any) -> list[dict[str, Any]]:
 WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     # endpoint, field, value, code, param (None: the field itself)
     *[(endpoint, "model", value, "validation_error", None) for endpoint in VALID if endpoint != JOBS
-      for value in (MISSING, 7, "", None, [SECRET], SECRET * 50)],
+      for value in (*(MISSING,)[: endpoint.startswith("/v1/")], 7, "", None, [SECRET], SECRET * 50)],
     (CHAT, "messages", MISSING, "validation_error", None),
     (CHAT, "messages", [], "validation_error", None),
     (CHAT, "messages", SECRET, "validation_error", None),
@@ -76,7 +90,18 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     (CHAT, "messages", [{"content": SECRET}], "validation_error", "messages.0.role"),
     (CHAT, "messages", [{"role": "user"}], "validation_error", "messages.0.content"),
     (CHAT, "messages", message(role=SECRET), "validation_error", "messages.0.role"),
-    (CHAT, "messages", message(role="tool"), "validation_error", "messages.0.role"),
+    (CHAT, "messages", message(role="tool"), "validation_error", "messages.0.tool_call_id"),
+    (CHAT, "messages", message(tool_call_id=SECRET), "validation_error", "messages.0.tool_call_id"),
+    (CHAT, "messages", message(role="tool", tool_call_id=7), "validation_error", "messages.0.tool_call_id"),
+    (CHAT, "messages", message(tool_calls=[CALL]), "validation_error", "messages.0.tool_calls"),
+    (CHAT, "messages", message(role="assistant", tool_calls=[{"id": SECRET}]), "validation_error",
+     "messages.0.tool_calls.0.type"),
+    (CHAT, "messages", message(role="assistant", tool_calls=[CALL | {"function": {"name": SECRET, "arguments": "{}"}}]),
+     "validation_error", "messages.0.tool_calls.0.function.name"),
+    *[(CHAT, "messages", message(role="assistant", tool_calls=[CALL | {"function": {"name": "f", "arguments": text}}]),
+       "validation_error", "messages.0.tool_calls.0.function.arguments")
+      for text in (SECRET, "", "[]", "{", '{"a": NaN}', '{"a":' * 40 + "1" + "}" * 40, '{"a": "\\u0000"}')],
+    (CHAT, "messages", message(role="assistant", content=None, tool_calls=[]), "validation_error", "messages.0.content"),
     (CHAT, "messages", message(role="function"), "validation_error", "messages.0.role"),
     (CHAT, "messages", message(role=None), "validation_error", "messages.0.role"),
     (CHAT, "messages", message(content=None), "validation_error", "messages.0.content"),
@@ -95,7 +120,6 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     (CHAT, "messages", message(content=[{"type": "input_audio"}]), "unsupported_parameter", "messages.0.content"),
     (CHAT, "messages", message() + message(content=7), "validation_error", "messages.1.content"),
     (CHAT, "messages", message(name=SECRET), "unsupported_parameter", "messages.0.name"),
-    (CHAT, "messages", message(tool_calls=[{"id": SECRET}]), "unsupported_parameter", "messages.0.tool_calls"),
     (CHAT, "messages", message(refusal=SECRET), "unsupported_parameter", "messages.0.refusal"),
     (CHAT, "messages", message(weight=1), "unknown_field", "messages.0.weight"),
     (CHAT, "messages", message() + message(**{SECRET: 1}), "unknown_field", "messages.1"),
@@ -110,7 +134,7 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
         ("stop_token_ids", 5), ("stop_token_ids", [1] * 65), ("stream_options", {"include_usage": True}),
         ("stream_options", SECRET), ("user", 7), ("user", SECRET * 50), ("metadata", [SECRET]),
         ("metadata", {SECRET: 1}), ("metadata", {SECRET * 10: "v"}), ("metadata", {"k": SECRET * 50}),
-        ("metadata", {f"{SECRET}{key}": "v" for key in range(17)}), ("service_tier", "flex"),
+        ("metadata", {f"{SECRET}{key}": "v" for key in range(17)}), ("service_tier", "scale"),
         ("service_tier", SECRET), ("options", [SECRET]),
     ]],
     (CHAT, "stop", [""], "validation_error", "stop.0"),
@@ -133,8 +157,7 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
         ("logit_bias", {"5": -101}),
     ]],
     *[(CHAT, field, value, "unsupported_parameter", None) for field, value in [
-        ("tools", [{"type": "function", "function": {"name": SECRET}}]), ("tools", {}), ("tool_choice", "required"),
-        ("functions", [{"name": SECRET}]), ("function_call", {"name": SECRET}), ("parallel_tool_calls", 1),
+        ("functions", [{"name": SECRET}]), ("function_call", {"name": SECRET}),
         ("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema", "x": SECRET}),
         ("audio", {"voice": SECRET}), ("modalities", ["text", "audio"]), ("prediction", {"content": SECRET}),
         ("web_search_options", {}), ("store", True), ("store", 0), ("reasoning_effort", "high"),
@@ -144,6 +167,49 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
         ("priority", 1), ("prompt_logprobs", 1), ("use_beam_search", True), ("bad_words", [SECRET]),
         ("skip_special_tokens", False), ("cache_salt", SECRET), ("kv_transfer_params", {}),
     ]],
+    (CHAT, "tools", {}, "validation_error", None),
+    (CHAT, "tools", [SECRET], "validation_error", "tools.0"),
+    (CHAT, "tools", [TOOL] * 129, "validation_error", None),
+    (CHAT, "tools", [{"type": SECRET, "function": {"name": "f"}}], "validation_error", "tools.0.type"),
+    (CHAT, "tools", [{"type": "function", "function": {"name": SECRET}}], "validation_error", "tools.0.function.name"),
+    (CHAT, "tools", [{"type": "function", "function": {"name": "f", "parameters": SECRET}}], "validation_error",
+     "tools.0.function.parameters"),
+    (CHAT, "tools", [{"type": "function", "function": {"name": "f", "strict": True}}], "unsupported_parameter",
+     "tools.0.function.strict"),
+    (CHAT, "tools", [{"type": "function", "function": {"name": "f", "api_base": SECRET}}], "unknown_field",
+     "tools.0.function.api_base"),
+    (CHAT, "tool_choice", "required", "validation_error", None),
+    (CHAT, "parallel_tool_calls", 1, "validation_error", None),
+    *[(MESSAGES, field, value, code, param) for field, value, code, param in [
+        ("max_tokens", MISSING, "validation_error", None), ("max_tokens", 0, "number_out_of_range", None),
+        ("messages", MISSING, "validation_error", None), ("messages", [], "validation_error", None),
+        ("messages", [{"role": SECRET, "content": SECRET}], "validation_error", "messages.0.role"),
+        ("messages", [{"role": "user"}], "validation_error", "messages.0.content"),
+        ("messages", [{"role": "user", "content": []}], "validation_error", "messages.0.content"),
+        ("messages", [{"role": "user", "content": [SECRET]}], "validation_error", "messages.0.content.0"),
+        ("messages", [{"role": "user", "content": [{"type": SECRET}]}], "unsupported_parameter", "messages.0.content"),
+        ("messages", [{"role": "user", "content": [{"type": "image", "source": SECRET}]}], "unsupported_parameter",
+         "messages.0.content"),
+        ("messages", [{"role": "user", "content": [{"type": "tool_use", "id": "i", "name": "f", "input": {}}]}],
+         "validation_error", "messages.0.content"),
+        ("messages", [{"role": "user", "content": SECRET}, {"role": "assistant", "content": SECRET}],
+         "unsupported_parameter", None),
+        ("system", 7, "validation_error", None), ("system", [{"type": "image"}], "unsupported_parameter", None),
+        ("temperature", 1.5, "number_out_of_range", None), ("temperature", SECRET, "validation_error", None),
+        ("top_k", -1, "number_out_of_range", None), ("top_p", 0, "number_out_of_range", None),
+        ("stop_sequences", SECRET, "validation_error", None), ("stop_sequences", [""], "validation_error", "stop_sequences.0"),
+        ("metadata", {"user_id": 7}, "validation_error", None),
+        ("metadata", {"other": SECRET}, "unknown_field", None),
+        ("thinking", {"type": "enabled", "budget_tokens": 1024}, "unsupported_parameter", None),
+        ("tool_choice", {"type": "any"}, "unsupported_parameter", None),
+        ("tool_choice", {"type": "tool", "name": "f"}, "unsupported_parameter", None),
+        ("tools", [{"name": "f"}], "validation_error", "tools.0.input_schema"),
+        ("tools", [{"name": SECRET, "input_schema": {}}], "validation_error", "tools.0.name"),
+        ("service_tier", "flex", "validation_error", None), ("mcp_servers", [SECRET], "unsupported_parameter", None),
+        ("container", SECRET, "unsupported_parameter", None), ("n", 2, "unknown_field", None),
+    ]],
+    (COUNT, "max_tokens", 5, "unknown_field", None),
+    (COUNT, "messages", [{"role": "user", "content": 7}], "validation_error", "messages.0.content"),
     *[(endpoint, field, SECRET, "unknown_field", None) for endpoint in VALID
       for field in ("api_base", "user_id", "cost", "extra_body", "Model", "__class__")],
     *[(endpoint, field, 1, "unknown_field", "") for endpoint in VALID for field in (SECRET, "a.b", "", "x" * 65, "ï")],
@@ -196,6 +262,47 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     (RERANK, "top_n", 1.0, "validation_error", None),
     (RERANK, "return_documents", "no", "validation_error", None),
     (RERANK, "max_tokens_per_doc", 5, "unsupported_parameter", None),
+    (SCORE, "queries", MISSING, "validation_error", None),
+    (SCORE, "queries", "", "validation_error", "queries.0"),
+    (SCORE, "queries", [], "validation_error", None),
+    (SCORE, "queries", [SECRET, 7], "validation_error", "queries.1"),
+    (SCORE, "queries", [SECRET, SECRET], "validation_error", None),
+    (SCORE, "documents", MISSING, "validation_error", "queries"),
+    (SCORE, "documents", [SECRET, ""], "validation_error", "documents.1"),
+    (SCORE, "documents", {SECRET: 1}, "validation_error", None),
+    (SCORE, "documents", ["x"] * 2049, "validation_error", None),
+    (SCORE, "items", SECRET, "validation_error", "queries"),
+    (SCORE, "data_1", SECRET, "validation_error", "queries"),
+    (SCORE, "instruction", SECRET, "unsupported_parameter", None),
+    (SCORE, "use_activation", False, "unsupported_parameter", None),
+    (EMBED, "inputs", MISSING, "validation_error", None),
+    (EMBED, "inputs", "", "invalid_prompt", None),
+    (EMBED, "inputs", [SECRET, 7], "validation_error", None),
+    (EMBED, "truncate", True, "unsupported_parameter", None),
+    (EMBED, "normalize", False, "unsupported_parameter", None),
+    (EMBED, "prompt_name", SECRET, "unsupported_parameter", None),
+    (EMBED, "dimensions", 0, "number_out_of_range", None),
+    (PREDICT, "inputs", MISSING, "validation_error", None),
+    (PREDICT, "inputs", 7, "validation_error", None),
+    (PREDICT, "inputs", [], "validation_error", None),
+    (PREDICT, "inputs", [7], "validation_error", None),
+    (PREDICT, "inputs", ["a", ["b"]], "validation_error", None),
+    (PREDICT, "inputs", ["a", "b", SECRET], "validation_error", None),
+    (PREDICT, "inputs", [["a"], ["b", SECRET]], "validation_error", None),
+    (PREDICT, "inputs", [["a"], [7]], "validation_error", None),
+    (PREDICT, "inputs", [["a", "b", SECRET]], "validation_error", None),
+    (PREDICT, "inputs", [[]], "validation_error", None),
+    (PREDICT, "inputs", "", "invalid_prompt", None),
+    (PREDICT, "inputs", [["a", ""]], "invalid_prompt", None),
+    (PREDICT, "inputs", [["x"]] * 2049, "validation_error", None),
+    (PREDICT, "raw_scores", True, "unsupported_parameter", None),
+    (RANK, "query", MISSING, "validation_error", None),
+    (RANK, "texts", [], "validation_error", None),
+    (RANK, "texts", SECRET, "validation_error", None),
+    (RANK, "texts", [SECRET, 7], "validation_error", "texts.1"),
+    (RANK, "texts", ["x"] * 2049, "validation_error", None),
+    (RANK, "return_text", 1, "validation_error", None),
+    (RANK, "documents", [SECRET], "unknown_field", None),
     (JOBS, "endpoint", MISSING, "validation_error", None),
     (JOBS, "endpoint", SECRET, "validation_error", None),
     (JOBS, "endpoint", "/v1/models", "validation_error", None),
@@ -246,6 +353,9 @@ TOGETHER = [
     (CHAT, {"tools": [], "temperature": 3}, "number_out_of_range", "temperature"),
     (CHAT, {"tools": [], "functions": [{}]}, "unsupported_parameter", "functions"),
     (CHAT, {"tools": None, SECRET: 1}, "unknown_field", None),
+    (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "unsupported_parameter",
+     "tool_choice"),
     (COMPLETIONS, {"echo": True, "logprobs": 1}, "unsupported_parameter", "echo"),
     (COMPLETIONS, {"n": 2, "best_of": 3}, "unsupported_parameter", "best_of"),
     (COMPLETIONS, {"n": 2, "best_of": 1}, "unsupported_parameter", "best_of"),

@@ -167,6 +167,36 @@ async def test_cross_encoder_gets_pairs_with_segments(encoding: Prompts, models:
     assert caught.value.param == "documents.1"
 
 
+async def test_queries_are_paired_with_their_documents(encoding: Prompts, models: Catalog, encoder: Any) -> None:
+    def score(queries: list[str], documents: list[str]) -> Call:
+        return schemas.parse("/v1/score", {"model": ENCODER, "queries": queries, "documents": documents})
+
+    cross = replace(models.models[ENCODER], is_cross_encoder=True)
+    call = await encoding.tokenise(score(["one query", "another"], ["one", "two words"]), cross)
+    expected = encoder([("one query", "one"), ("another", "two words")])
+    assert (call.token_ids, call.type_ids) == (expected["input_ids"], expected["token_type_ids"])
+    apart = await tokenised(encoding, models, score(["one query", "another"], ["one", "two words"]))
+    assert apart.token_ids == [encoder(text)["input_ids"] for text in ("one query", "another", "one", "two words")]
+    long = "word " * 300
+    for model, queries, documents, param in [
+        (cross, ["q"], ["one", long], "documents.1"),
+        (cross, ["q", long], ["one", "two"], "documents.1"),
+        (models.models[ENCODER], ["q", long], ["one", "two"], "queries.1"),
+        (models.models[ENCODER], ["q", "r"], ["one", long], "documents.1"),
+        (models.models[ENCODER], ["q"], ["one", long], "documents.1"),
+    ]:
+        with pytest.raises(errors.ContextLengthExceeded) as caught:
+            await encoding.tokenise(score(queries, documents), model)
+        assert caught.value.param == param
+
+
+async def test_a_pair_to_classify_has_segments(encoding: Prompts, models: Catalog, encoder: Any) -> None:
+    call = schemas.parse("/predict", {"model": ENCODER, "inputs": [["a pair", "of texts"], ["and", "another"]]})
+    ready = await tokenised(encoding, models, call)
+    expected = encoder([("a pair", "of texts"), ("and", "another")])
+    assert (ready.token_ids, ready.type_ids) == (expected["input_ids"], expected["token_type_ids"])
+
+
 async def test_an_echoed_prompt_of_token_ids_becomes_text(encoding: Prompts, models: Catalog, generator: Any) -> None:
     ids = generator("Hello there")["input_ids"]
     call = await tokenised(encoding, models, completion(["Hello there"], echo=True))
@@ -327,7 +357,7 @@ def test_bytes_come_back(text: str) -> None:
     (ids,) = tokenizer.encode([text])
     assert tokenizer.decode(ids) == text
     assert len(tokenizer.token_strs(ids)) == len(ids)
-    pairs, type_ids = tokenizer.encode_pairs("q", [text])
+    pairs, type_ids = tokenizer.encode_pairs([("q", text)])
     assert (pairs[0], type_ids[0]) == ([113, *ids], [0] + [1] * len(ids))
 
 
@@ -398,6 +428,28 @@ def tiny_folder(folder: Path, template: str | None, special_tokens: list[str] | 
 )
 def test_templates_find_what_transformers_gives_them(tmp_path: Path, template: str, expected: str) -> None:
     assert tiny_folder(tmp_path, template).render([{"role": "user", "content": "hi"}]) == [expected]
+
+
+TOOLS_TEMPLATE = "{{ tools | tojson if tools }}{% for m in messages %}{{ m.role }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+
+
+def test_tools_reach_a_template_that_has_a_place_for_them(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "description": "a<s>b", "parameters": {}}}]
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x<s>": 1}}}
+    history = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokenizer = tiny_folder(tmp_path, TOOLS_TEMPLATE)
+    assert tokenizer.knows_tools
+    pieces = tokenizer.render(history, tools=tools)
+    assert "".join(pieces) == json.dumps(tools) + "assistant" + json.dumps([call])
+    assert not any("<s>" in piece for piece in pieces), "neither a definition nor a call can hold control tokens"
+
+
+async def test_tools_are_refused_where_the_template_has_no_place_for_them(encoding: Prompts, models: Catalog) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    answer = {"role": "tool", "tool_call_id": "c", "content": "x"}
+    assert (await refused(encoding, models, chat("hi", tools=[tool]))).param == "tools"
+    error = await refused(encoding, models, chat("hi", answer))
+    assert (error.code, error.param) == ("unsupported_parameter", "messages.1")
 
 
 def test_template_file_comes_before_the_configuration(tmp_path: Path) -> None:

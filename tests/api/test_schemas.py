@@ -19,12 +19,21 @@ from tasks.call import Call
 
 LIMITS = LimitsEntry()
 CHAT = "/v1/chat/completions"
+MESSAGES = "/v1/messages"
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": PARAMETERS}}
+ANTHROPIC_TOOL = {"name": "weather", "description": "d", "input_schema": PARAMETERS}
 MINIMAL: dict[str, dict[str, Any]] = {
     CHAT: {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": "m", "prompt": "hi"},
     "/v1/embeddings": {"model": "m", "input": "hi"},
     "/v1/classify": {"model": "m", "input": "hi"},
     "/v1/rerank": {"model": "m", "query": "q", "documents": ["a", "b"]},
+    "/v1/score": {"model": "m", "queries": "q", "documents": ["a", "b"]},
+    "/v1/messages": {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]},
+    "/embed": {"model": "m", "inputs": "hi"},
+    "/predict": {"model": "m", "inputs": "hi"},
+    "/rerank": {"model": "m", "query": "q", "texts": ["a", "b"]},
 }
 
 
@@ -152,6 +161,27 @@ EQUAL = [
     ("/v1/rerank", {"top_n": 0}, {}),
     ("/v1/rerank", {"top_n": 2}, {"top_n": 99}),
     ("/v1/rerank", {"return_documents": True}, {}),
+    ("/v1/score", {"queries": ["q"]}, {}),
+    ("/v1/score", {"documents": None, "items": ["a", "b"]}, {}),
+    ("/v1/score", {"queries": None, "documents": None, "data_1": "q", "data_2": ["a", "b"]}, {}),
+    ("/v1/score", {"queries": None, "documents": None, "text_1": "q", "text_2": ["a", "b"]}, {}),
+    ("/v1/score", {"documents": "a"}, {"documents": ["a"]}),
+    (CHAT, {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}, {}),
+    (CHAT, {"tools": [TOOL], "tool_choice": "none"}, {}),
+    (CHAT, {"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": True}, {"tools": [TOOL]}),
+    (MESSAGES, {"temperature": 1.0, "top_k": 0, "top_p": 1}, {}),
+    (MESSAGES, {"stop_sequences": ["b", "a", "b"]}, {"stop_sequences": ["a", "b"]}),
+    (MESSAGES, {"metadata": {"user_id": "u"}, "service_tier": "auto", "thinking": {"type": "disabled"}}, {}),
+    (
+        MESSAGES,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]},
+        {},
+    ),
+    (MESSAGES, {"system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}]}, {"system": "s"}),
+    (MESSAGES, {"tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "none"}}, {"tools": []}),
+    ("/embed", {"inputs": ["hi"], "normalize": True, "truncate": False}, {}),
+    ("/predict", {"inputs": ["hi"], "raw_scores": False, "truncation_direction": "right"}, {}),
+    ("/rerank", {"return_text": False}, {}),
 ]
 
 UNEQUAL = [
@@ -176,6 +206,20 @@ UNEQUAL = [
     ("/v1/rerank", {"documents": ["b", "a"]}, {}),
     ("/v1/rerank", {"top_n": 1}, {}),
     ("/v1/rerank", {"return_documents": False}, {}),
+    ("/v1/score", {"queries": ["q", "r"]}, {}),
+    ("/v1/score", {"queries": ["q", "a"], "documents": ["b", "c"]}, {"queries": ["q"], "documents": ["a", "b", "c"]}),
+    (CHAT, {"service_tier": "flex"}, {}),
+    (CHAT, {"tools": [TOOL]}, {}),
+    (CHAT, {"tools": [TOOL], "parallel_tool_calls": False}, {"tools": [TOOL]}),
+    (MESSAGES, {"system": "s"}, {}),
+    (MESSAGES, {"temperature": 0}, {}),
+    (MESSAGES, {"max_tokens": 8}, {}),
+    (MESSAGES, {"tools": [ANTHROPIC_TOOL]}, {}),
+    ("/embed", {"inputs": ["hi", "hi"]}, {}),
+    ("/predict", {"inputs": [["hi"]]}, {}),
+    ("/predict", {"inputs": ["hi", "ho"]}, {"inputs": [["hi"], ["ho"]]}),
+    ("/predict", {"inputs": ["hi", "ho"]}, {"inputs": [["hi", "ho"]]}),
+    ("/rerank", {"return_text": True}, {}),
 ]
 
 
@@ -268,6 +312,60 @@ def test_encoder_calls() -> None:
     rerank = parsed("/v1/rerank", top_n=1)
     assert (rerank.task, rerank.inputs) == ("rerank", ["q", "a", "b"])
     assert rerank.format == {"return_documents": True, "top_n": 1}
+    score = parsed("/v1/score", queries=["q", "r"])
+    assert (score.task, score.inputs, score.num_queries) == ("rerank", ["q", "r", "a", "b"], 2)
+    assert (parsed("/v1/score").num_queries, parsed("/v1/score").format) == (1, {})
+
+
+def test_tools_and_their_calls_mean_the_same_to_both_apis() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    chat = parsed(
+        CHAT,
+        tools=[TOOL],
+        messages=[
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+            {"role": "user", "content": "thanks"},
+        ],
+    )
+    message = parsed(
+        MESSAGES,
+        tools=[ANTHROPIC_TOOL],
+        system="s",
+        messages=[
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Paris"}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "sunny"}]},
+                {"type": "text", "text": "thanks"},
+            ]},
+        ],
+    )  # fmt: skip
+    assert chat.messages == message.messages
+    assert chat.messages is not None
+    assert chat.messages[2]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Paris"}}
+    assert chat.format == message.format == {"tools": [TOOL]}
+    assert chat.without_text().format == {"tools": True}
+
+
+def test_a_message_call() -> None:
+    call = parsed(MESSAGES, temperature=0, top_p=0.5, top_k=3, stop_sequences=["x"], stream=True, max_tokens=5)
+    assert (call.task, call.max_tokens, call.stop, call.stream) == ("generate", 5, ["x"], True)
+    assert call.params == {"temperature": 0.0, "top_k": 3, "top_p": 0.5}
+
+
+def test_a_flat_list_of_two_texts_is_one_pair() -> None:
+    def shape(inputs: Any) -> tuple[list[Any], dict[str, Any]]:
+        call = parsed("/predict", inputs=inputs)
+        return call.inputs, call.format
+
+    assert shape("a") == shape(["a"]) == (["a"], {"is_single": True})
+    assert shape(["a", "b"]) == (["a", "b"], {"is_single": True, "pairs": True})
+    assert shape([["a"], ["b"]]) == (["a", "b"], {})
+    assert shape([["a", "b"], ["c", "d"]]) == (["a", "b", "c", "d"], {"pairs": True})
+    assert parsed("/embed", model="auto") == schemas.parse("/embed", {"inputs": "hi"}, LIMITS)
 
 
 @pytest.mark.parametrize("endpoint", MINIMAL)
@@ -320,13 +418,15 @@ def test_limits_of_the_installation() -> None:
         ("/v1/embeddings", {"model": "m", "input": ["a"] * 5}, "input"),
         ("/v1/classify", {"model": "m", "input": [[1]] * 5}, "input"),
         ("/v1/rerank", {"model": "m", "query": "q", "documents": ["a"] * 5}, "documents"),
+        ("/v1/score", {"model": "m", "queries": ["a"] * 5, "documents": ["a"] * 5}, "documents"),
+        ("/predict", {"inputs": [["a"]] * 5}, "inputs"),
     ]:
         with pytest.raises(errors.APIError) as caught:
             schemas.parse(endpoint, body, small)
         assert caught.value.param == param
 
 
-@pytest.mark.parametrize("path", [*MINIMAL, "/v1/jobs", "/v1/tokenize", "/v1/detokenize"])
+@pytest.mark.parametrize("path", [*MINIMAL, "/v1/jobs", "/v1/tokenize", "/v1/detokenize", "/v1/messages/count_tokens"])
 def test_openapi_schema_stands_alone(path: str) -> None:
     extra = schemas.openapi_extra(path)
     schema = extra["requestBody"]["content"]["application/json"]["schema"]

@@ -42,6 +42,42 @@ def test_an_answer_has_openais_form_and_our_headers(stack: Stack) -> None:
     assert body["id"] == "chatcmpl-" + response.headers["x-job-id"].replace("-", "")
 
 
+def test_an_answer_says_what_time_and_how_many_attempts_it_took(stack: Stack) -> None:
+    with stack.client() as client:
+        whole = client.post("/v1/chat/completions", json=chat("how long?", options={"first_token_ms": 50}))
+        result = client.get(f"/v1/jobs/{whole.headers['x-job-id']}/result")
+        streamed = client.post("/v1/chat/completions", json=chat("how long?", stream=True))
+
+    def steps(response: httpx.Response) -> dict[str, float]:
+        pairs = [step.split(";dur=") for step in response.headers["server-timing"].split(", ")]
+        return {name: float(ms) for name, ms in pairs}
+
+    assert list(steps(whole)) == ["cache", "tokenise", "route", "queue", "ttft", "run"]
+    # Less than 50 by what lies between the clocks of worker and ledger.
+    assert steps(whole)["run"] >= steps(whole)["ttft"] > 45
+    assert float(whole.headers["x-inference-time"]) == steps(whole)["run"]
+    assert whole.headers["x-attempts"] == result.headers["x-attempts"] == "1"
+    assert list(steps(result)) == ["queue", "ttft", "run"]
+    assert list(steps(streamed)) == ["cache", "tokenise", "route"]
+
+
+def test_a_service_tier_is_echoed(stack: Stack) -> None:
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.secret) as client:
+        assert client.chat.completions.create(**chat("x", service_tier="flex")).service_tier == "flex"
+        assert client.chat.completions.create(**chat("x", service_tier="auto")).service_tier is None
+        chunks = list(client.chat.completions.create(**chat("x", service_tier="priority", stream=True)))
+    assert {chunk.service_tier for chunk in chunks} == {"priority"}
+
+
+@pytest.mark.parametrize("tier", ["flex", "priority"])
+def test_a_service_tier_is_the_priority_of_its_job(stack: Stack, tier: str) -> None:
+    with stack.client() as client:
+        made = client.post("/v1/chat/completions", json=chat(f"as {tier}", service_tier=tier))
+        assert client.get(f"/v1/jobs/{made.headers['x-job-id']}").json()["priority"] == tier
+        body = {"endpoint": "/v1/chat/completions", "body": chat("flexible", service_tier="flex"), "priority": tier}
+        assert client.post("/v1/jobs", json=body).json()["priority"] == tier
+
+
 def test_the_openai_client_works_unchanged(stack: Stack) -> None:
     with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.secret) as client:
         whole = client.chat.completions.create(**chat("one two three", temperature=0))

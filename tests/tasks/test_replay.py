@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from backends.base import Chunk, FinishReason, TokenLogprob
 from tasks import replay, responses, stream
 from tasks.call import Call
+from tasks.identity import CHAT, COMPLETIONS, MESSAGES, Identity
 from tasks.output import Output, Piece
-from tasks.responses import CHAT, COMPLETIONS, Frames, Identity
 from tasks.stream import Event, Interrupted
 
 
@@ -31,23 +31,34 @@ class Outbox:
     def wake(self) -> None: ...
 
 
-texts = st.lists(st.text(alphabet="ab é😀STOP", max_size=5), min_size=1, max_size=12)
+_CALL = '<tool_call>{"name": "f", "arguments": {"a": "é"}}</tool_call>'
+texts = st.lists(
+    st.text(alphabet="ab é😀STOP", max_size=5) | st.sampled_from([_CALL, _CALL[:20], _CALL[20:], "<tool"]),
+    min_size=1,
+    max_size=12,
+)
 
 
 @given(
     choices=st.lists(texts, min_size=1, max_size=3),
-    endpoint=st.sampled_from([CHAT, COMPLETIONS]),
+    endpoint=st.sampled_from([CHAT, COMPLETIONS, MESSAGES]),
+    has_tools=st.booleans(),
     wants_logprobs=st.booleans(),
     echoes=st.booleans(),
     run=st.sampled_from([0, 2]),
 )
 def test_a_replayed_stream_has_the_live_frames(
-    choices: list[list[str]], endpoint: str, wants_logprobs: bool, echoes: bool, run: int
+    choices: list[list[str]], endpoint: str, has_tools: bool, wants_logprobs: bool, echoes: bool, run: int
 ) -> None:
+    if endpoint == MESSAGES:
+        choices, wants_logprobs = choices[:1], False
+    shape = {"echo": True} if echoes and endpoint == COMPLETIONS else {}
+    if has_tools and endpoint != COMPLETIONS:
+        shape = {"tools": True}
     call = Call(
         endpoint=endpoint, task="generate", model="m", inputs=["the prompt "], n=len(choices), stop=["STOP"],
         params={"logprobs": 1} if wants_logprobs else {}, token_ids=[[1, 2]],
-        format={"echo": True} if echoes and endpoint == COMPLETIONS else {},
+        format=shape,
     )  # fmt: skip
     identity = Identity(endpoint, uuid.uuid4(), "m", 1)
     writer = stream.Writer(identity.job_id, stream.Broadcaster(Outbox()), run=run)  # type: ignore[arg-type]
@@ -60,10 +71,10 @@ def test_a_replayed_stream_has_the_live_frames(
                 writer.write(index, outputs[index].push(Chunk((step,), pieces[step], reason, logprobs)))
         if all(output.finish_reason for output in outputs):
             break
-    live = Frames(identity, call)
+    live = responses.frames(identity, call)
     expected = [live.event(event) for event in writer.pending]
     body = responses.generated(identity, call, outputs)
-    again = Frames(identity, call)
+    again = responses.frames(identity, call)
     stored = replay.encode(writer.first, writer.marks)
     assert [again.event(event) for event in replay.events(call, body, stored)] == expected
 

@@ -117,6 +117,14 @@ class JobNotFound(InvalidRequest):
     status, code, default = 404, "job_not_found", "There is no such job."
 
 
+class ResponseNotFound(InvalidRequest):
+    status, code, default = 404, "response_not_found", "There is no such response, or it is not stored."
+
+
+class PreviousResponseNotFound(InvalidRequest):
+    code, default = "previous_response_not_found", "There is no such stored response to go on from."
+
+
 class NotFound(InvalidRequest):
     status, code, default = 404, "not_found", "There is no such path."
 
@@ -247,11 +255,6 @@ def render(error: APIError, *, request_id: str | None = None, accept: str = "") 
     else:
         body, media_type = {"error": as_dict(error)}, "application/json"
     return Response(orjson.dumps(body), error.status, headers, media_type)
-
-
-def stream_error(error: APIError) -> bytes:
-    """The SSE event that ends a stream badly. No `[DONE]` follows it."""
-    return b"data: " + orjson.dumps({"error": as_dict(error)}) + b"\n\n"
 
 
 def from_job(error: Mapping[str, Any]) -> APIError:

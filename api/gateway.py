@@ -20,7 +20,7 @@ from api.prompts import Prompts
 from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
 from catalog import ModelSpec
-from db import accept, cache, job_views, jobs, request_log, workers
+from db import accept, cache, job_views, jobs, removal, request_log, workers
 from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
 from db.cache import Hit
@@ -30,7 +30,7 @@ from db.models import TERMINAL, JobStatus
 from db.session import Cursor
 from tasks import inference, metrics, replay, router, transport
 from tasks.call import Call
-from tasks.responses import Frames, Identity
+from tasks.responses import Frames, Identity, StreamFrames
 from tasks.router import Decision, Load
 from tasks.stream import Interrupted, Subscriber, Watch
 
@@ -87,6 +87,7 @@ class Gateway:
         self.payloads = Lane(url, job_views.payload)
         self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
         self.cancels = Lane(url, jobs.cancel)
+        self.deletes = Lane(url, removal.delete)
         self._dead_letters = Lane(url, job_views.dead_letters, silence_s=_LONG_S)
         self._requeues = Lane(url, jobs.retry)
         self.purges = Lane(url, cache.purge, silence_s=_LONG_S)
@@ -158,7 +159,7 @@ class Gateway:
         if plan.is_refresh:
             self.recent_hits.clear()
         job = self._new_job(ready, caller, wish, request_id, decision, verdict, plan, keys, steps.done)
-        return await self._accept(job, ready, decision.reason, caller, wish)
+        return await self._accept(job, ready, decision.reason, caller, wish, call)
 
     async def wait(self, watch: Watch, wait_s: float) -> Outcome | None:
         """The outcome once the watched job has ended; None if it takes longer than `wait_s`."""
@@ -179,22 +180,25 @@ class Gateway:
                 raise errors.GatewayStopping()
             watch.rearm()
 
-    async def stream(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch,
-                     after: int = 0) -> AsyncIterator[bytes]:  # fmt: skip
+    async def stream(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch, after: int = 0,
+                     make: Callable[[], StreamFrames] | None = None) -> AsyncIterator[bytes]:  # fmt: skip
         """The watched job's run as server-sent events, each with its number as id, from the first one after
         number `after`. Where Redis lost some, the rest is made from the stored answer. A stream that fails ends
-        with an error event, never with `[DONE]`."""
+        with an error event, never with `[DONE]`. `make` makes the frames of another form than OpenAI's chunks."""
+        make = make or (lambda: Frames(identity, call))
+        frames = make()
         try:
-            async for piece in self._frames(identity, flight_id, call, watch, after):
+            async for piece in self._frames(identity, flight_id, call, watch, after, frames, make):
                 yield piece
         except Interrupted:
-            yield errors.stream_error(errors.StreamInterrupted())
+            yield frames.failed(errors.as_dict(errors.StreamInterrupted()))
         except errors.APIError as error:
-            yield errors.stream_error(error)
+            yield frames.failed(errors.as_dict(error))
 
-    async def _frames(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch,
-                      after: int) -> AsyncIterator[bytes]:  # fmt: skip
-        frames = Frames(identity, call)
+    async def _frames(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch, after: int,
+                      frames: StreamFrames, make: Callable[[], StreamFrames]) -> AsyncIterator[bytes]:  # fmt: skip
+        if opening := frames.begin():
+            yield opening
         seen, is_whole = after, False
         async for event in self.subscriber.events(watch, flight_id, _KEEP_ALIVE_S):
             if event is None:
@@ -210,15 +214,17 @@ class Gateway:
         if self._is_out_of_time and (outcome is None or outcome.status not in TERMINAL):
             raise errors.GatewayStopping()
         if outcome is None or outcome.body is None:
-            raise self.error_of(outcome)
+            status = None if outcome is None else outcome.status
+            yield frames.failed(errors.as_dict(self.error_of(outcome)), status)
+            return
         if not is_whole:
-            frames = Frames(identity, call)
+            frames = make()
             for event in replay.events(call, outcome.body, outcome.events):
                 made = frames.event(event)
                 if event.is_new_to(seen):
                     seen = event.seq
                     yield made
-        yield frames.end(outcome.usage)
+        yield frames.end(outcome.usage, outcome.finished)
 
     async def cancel(self, job_id: uuid.UUID, tenant: str) -> JobStatus | None:
         """Cancel for good; the state afterwards, None if the tenant has no such job."""
@@ -368,17 +374,19 @@ class Gateway:
             coalesce_key=keys[call.model] + bytes([call.stream]) if plan.is_read else None,
         )
 
-    async def _accept(self, job: NewJob, call: Call, reason: str, caller: ApiKey, wish: Wish) -> Accepted:
-        """Commit the row, then send the message: the other order could run a job that nobody recorded."""
+    async def _accept(self, job: NewJob, call: Call, reason: str, caller: ApiKey, wish: Wish,
+                      asked: Call) -> Accepted:  # fmt: skip
+        """Commit the row, then send the message: the other order could run a job that nobody recorded. `asked` is
+        the call as it came, by which its next sending is recognised."""
         watch = self.subscriber.watch(job.id, is_recorded=False)
         try:
-            inserted = await self._insert(job, call, caller, wish)
+            inserted = await self._insert(job, asked, caller, wish)
         except BaseException:
             watch.close()
             raise
         if isinstance(inserted, Reserved):
             watch.close()
-            return await self._rejoin(inserted, fingerprints.request(call, wish), call, caller)
+            return await self._rejoin(inserted, fingerprints.request(asked, wish), call, caller)
         watch.is_recorded = True
         if inserted.leader_id is None:
             inference.enqueue(self._outbox, [(job.id, job.backend, job.task)])
@@ -389,14 +397,14 @@ class Gateway:
         return Accepted(job.id, inserted.flight_id, call, job.model, inserted.backend, reason,
                         int(inserted.created_at.timestamp()), inserted.cache_verdict, watch)  # fmt: skip
 
-    async def _insert(self, job: NewJob, call: Call, caller: ApiKey, wish: Wish) -> Inserted | Reserved:
+    async def _insert(self, job: NewJob, asked: Call, caller: ApiKey, wish: Wish) -> Inserted | Reserved:
         """Record the job; or learn that another request with the same Idempotency-Key was quicker.
 
         Whoever waits for the answer itself is promised nothing before it, and the answer's own commit
         carries this row to the disk with it; only they get the relaxed insert, one fsync less.
         """
         if wish.idempotency_key is not None:
-            key = Idempotency(caller.id, wish.idempotency_key, fingerprints.request(call, wish))
+            key = Idempotency(caller.id, wish.idempotency_key, fingerprints.request(asked, wish))
             reserved = await self._keyed_inserts.submit((key, job))
             return reserved.inserted or reserved
         is_promised = job.is_stream or wish.is_async or wish.wait_s < 1.0

@@ -7,7 +7,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import answers, decoding, errors, schemas, views, wishes
+from api import answers, decoding, errors, response_answers, schemas, views, wishes
 from api.gateway import Gateway
 from api.wishes import Wish
 from db.api_keys import ApiKey
@@ -15,7 +15,7 @@ from db.job_views import DeadLetters, Filter, View
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from tasks.call import Call
-from tasks.responses import Identity
+from tasks.responses import RESPONSES, Identity
 
 
 async def create(request: Request, caller: ApiKey) -> Response:
@@ -73,6 +73,9 @@ async def result(request: Request, caller: ApiKey, job_id: UUID) -> Response:
     view = await _view(gateway, caller, job_id)
     if view.status not in TERMINAL:
         return _json(views.job(view), 202, {"Retry-After": "1"})
+    if view.endpoint == RESPONSES and view.status == JobStatus.SUCCEEDED:
+        call, flight_id = await _call(gateway, job_id)
+        return await response_answers.result(gateway, view, flight_id, call)
     try:
         outcome = await gateway.outcomes.submit(job_id)
     except LaneDown:
@@ -88,18 +91,14 @@ async def stream(request: Request, caller: ApiKey, job_id: UUID, starting_after:
     last = request.headers.get("last-event-id", "")
     after = starting_after if starting_after is not None else int(last) if last.isdecimal() and len(last) < 10 else 0
     view = await _view(gateway, caller, job_id)
-    try:
-        stored = await gateway.payloads.submit(job_id)
-    except LaneDown:
-        raise errors.DependencyUnavailable() from None
-    if stored is None:
-        raise errors.JobNotFound()
-    call = Call.decode(stored[0])
+    call, flight_id = await _call(gateway, job_id)
+    if view.endpoint == RESPONSES:
+        return response_answers.events(request, gateway, view, flight_id, call, starting_after)
     if call.task != "generate":
         raise errors.ConflictState("Only generation jobs can be streamed; read the job's result instead.")
     identity = Identity(view.endpoint, view.id, view.model, int(view.created_at.timestamp()))
     return answers.EventStream(
-        _frames(gateway, identity, stored[1], call, after, view.status in TERMINAL),
+        _frames(gateway, identity, flight_id, call, after, view.status in TERMINAL),
         200,
         answers.NO_BUFFERING | {"x-job-id": str(job_id)},
         answers.SSE,
@@ -154,6 +153,17 @@ async def retry_all(request: Request, wanted: DeadLetters) -> Response:
 
 async def explain(request: Request, caller: ApiKey, job_id: UUID) -> Response:
     return _json(views.explanation(await _view(request.app.state.gateway, caller, job_id)))
+
+
+async def _call(gateway: Gateway, job_id: UUID) -> tuple[Call, UUID]:
+    """The stored call, and under whose name its events are kept."""
+    try:
+        stored = await gateway.payloads.submit(job_id)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if stored is None:
+        raise errors.JobNotFound()
+    return Call.decode(stored[0]), stored[1]
 
 
 async def _view(gateway: Gateway, caller: ApiKey, job_id: UUID) -> View:

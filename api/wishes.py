@@ -146,6 +146,8 @@ def plan_cache(call: Call, control: CacheControl, cache: CacheEntry) -> CachePla
         return CachePlan(False, False, "disabled")
     if control.is_no_store:
         return CachePlan(False, False, "no-store")
+    if call.format.get("response", {}).get("store"):
+        return CachePlan(False, False, "a stored response")
     is_asked = bool(control.max_age_s) or control.is_only_if_cached
     if is_sampled(call) and not is_asked:
         return CachePlan(False, False, "sampled")

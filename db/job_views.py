@@ -26,6 +26,8 @@ class Outcome:
     queue_ms: float | None
     run_ms: float | None
     ttft_ms: float | None
+    finished: int | None
+    """Unix seconds."""
 
 
 def outcome(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[Outcome | None]:
@@ -35,7 +37,8 @@ def outcome(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[Outcome | None]:
         SELECT j.id, status, body, events, error, usage, model, backend, attempt,
                extract(epoch FROM started_at - created_at)::float8 * 1000,
                extract(epoch FROM finished_at - started_at)::float8 * 1000,
-               extract(epoch FROM first_token_at - started_at)::float8 * 1000
+               extract(epoch FROM first_token_at - started_at)::float8 * 1000,
+               floor(extract(epoch FROM finished_at))::bigint
         FROM jobs j LEFT JOIN job_results r ON r.job_id = coalesce(leader_id, j.id) AND status = 'succeeded'
         WHERE j.id = ANY(%s)
         """,

@@ -6,9 +6,9 @@ live stream from the same choices, and those of a cached stream from the stored 
 
 import base64
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
+"""Stored in the form of a chat completion, and shown as `tasks.response_object` says."""
 DONE = b"data: [DONE]\n\n"
 
 _ID_PREFIX = {
     CHAT: "chatcmpl-",
     COMPLETIONS: "cmpl-",
+    RESPONSES: "resp_",
     "/v1/embeddings": "embd-",
     "/v1/classify": "classify-",
     "/v1/rerank": "rerank-",
@@ -58,7 +61,7 @@ def usage_of(call: Call, outputs: Sequence[Output] = ()) -> dict[str, int]:
 
 def generated(identity: Identity, call: Call, outputs: Sequence[Output]) -> bytes:
     """A chat completion or text completion."""
-    is_chat = identity.endpoint == CHAT
+    is_chat = identity.endpoint != COMPLETIONS
     choices = [_choice(is_chat, call, index, output) for index, output in enumerate(outputs)]
     kind = "chat.completion" if is_chat else "text_completion"
     return orjson.dumps({**_head(identity, kind), "choices": choices, "usage": usage_of(call, outputs)})
@@ -135,6 +138,19 @@ def _head(identity: Identity, kind: str) -> dict[str, Any]:
     return {"id": identity.id, "object": kind, "created": identity.created, "model": identity.model}
 
 
+class StreamFrames(Protocol):
+    """How a job's stream looks on the wire."""
+
+    def begin(self) -> bytes: ...
+
+    def event(self, event: Event) -> bytes: ...
+
+    def end(self, usage: Mapping[str, int] | None, finished: int | None) -> bytes: ...
+
+    def failed(self, error: Mapping[str, Any], status: str | None = None) -> bytes:
+        """`status` is the job's final one; None where only this stream cannot go on."""
+
+
 class Frames:
     """The server-sent events of one generation stream, from its first chunk to `[DONE]`."""
 
@@ -166,16 +182,24 @@ class Frames:
         extra = {"usage": None} if self._call.include_usage else {}
         return frame({**self._head, "choices": [body], **extra}, seq)
 
+    def begin(self) -> bytes:
+        """What is known before the first token: nothing."""
+        return b""
+
     def event(self, event: Event) -> bytes:
         """An event's frame, under its number."""
         assert event.piece is not None
         piece = event.piece
         return self.chunk(event.choice, piece.text, piece.logprobs, piece.finish_reason, event.seq)
 
-    def end(self, usage: dict[str, Any] | None) -> bytes:
+    def end(self, usage: Mapping[str, int] | None, finished: int | None = None) -> bytes:
         """The usage chunk, where it was asked for, and the end."""
         tail = frame({**self._head, "choices": [], "usage": usage}) if self._call.include_usage else b""
         return tail + DONE
+
+    def failed(self, error: Mapping[str, Any], status: str | None = None) -> bytes:
+        """The event that ends a stream badly. No `[DONE]` follows it."""
+        return frame({"error": error})
 
     def replay(self, body: dict[str, Any]) -> Iterator[bytes]:
         """A finished answer as a stream: one piece a choice."""

@@ -22,6 +22,7 @@ from api.schemas.embeddings import EmbeddingRequest
 from api.schemas.fields import CallModel, WireModel
 from api.schemas.jobs import JobRequest
 from api.schemas.rerank import RerankRequest
+from api.schemas.responses import ResponseRequest
 from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from catalog import LimitsEntry
 from tasks.call import Call
@@ -37,6 +38,7 @@ ENDPOINTS: Mapping[str, type[CallModel]] = {
 
 _OTHER_BODIES: Mapping[str, type[WireModel]] = {
     "/v1/jobs": JobRequest,
+    "/v1/responses": ResponseRequest,
     "/v1/tokenize": TokenizeRequest,
     "/v1/detokenize": DetokenizeRequest,
 }

@@ -83,16 +83,21 @@ class Sampling(CallModel):
 
     def params(self, logprobs: int | None) -> dict[str, Any]:
         """The `SamplingParams` fields that change something. JSON types only, in a fixed order."""
-        given: dict[str, Any] = {} if logprobs is None else {"logprobs": logprobs}
-        for name in self.model_fields_set & _SAMPLING_FIELDS:
-            value = getattr(self, name)
-            if value is not None and (value := _canonical(name, value)) != _NO_EFFECT_VALUES[name]:
-                given[name] = value
-        return dict(sorted(given.items())) if len(given) > 1 else given
+        return given_params(self, logprobs)
 
     def stops(self) -> list[str]:
         """Whichever matches first ends the text, so neither order nor repetition means anything."""
         return sorted(set(self.stop)) if self.stop else []
+
+
+def given_params(request: WireModel, logprobs: int | None) -> dict[str, Any]:
+    """The sampling fields of a request that change something."""
+    given: dict[str, Any] = {} if logprobs is None else {"logprobs": logprobs}
+    for name in request.model_fields_set & _SAMPLING_FIELDS:
+        value = getattr(request, name)
+        if value is not None and (value := _canonical(name, value)) != _NO_EFFECT_VALUES[name]:
+            given[name] = value
+    return dict(sorted(given.items())) if len(given) > 1 else given
 
 
 def _canonical(name: str, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The table of errors and its rendering: status, body, headers, and nothing of the request."""
 
 import json
+import uuid
 from typing import Any
 
 import httpx
@@ -11,6 +12,8 @@ from starlette.responses import Response, StreamingResponse
 from structlog.testing import capture_logs
 
 from api import errors
+from tasks.call import Call
+from tasks.responses import Frames, Identity
 
 EXPECTED = {
     "invalid_json": 400,
@@ -23,6 +26,8 @@ EXPECTED = {
     "unsupported_media_type": 415,
     "unsupported_content_encoding": 415,
     "validation_error": 400,
+    "response_not_found": 404,
+    "previous_response_not_found": 400,
     "unknown_field": 400,
     "unsupported_parameter": 400,
     "invalid_prompt": 400,
@@ -118,7 +123,8 @@ def test_unauthorized_names_the_scheme() -> None:
 
 
 def test_stream_error_is_one_event() -> None:
-    event = errors.stream_error(errors.BackendFailed("line\nbreak"))
+    frames = Frames(Identity("/v1/completions", uuid.uuid4(), "m", 1), Call(endpoint="", task="generate", model="m"))
+    event = frames.failed(errors.as_dict(errors.BackendFailed("line\nbreak")))
     assert event.endswith(b"\n\n")
     assert event.count(b"\n") == 2
     assert json.loads(event.removeprefix(b"data: "))["error"]["code"] == "backend_error"

@@ -10,7 +10,7 @@ from api import errors
 from api.auth import Keys
 from api.gateway import Gateway
 from api.request_log import RequestLog
-from api.routes import cache, health, inference, jobs, models, responses
+from api.routes import cache, health, inference, jobs, models, responses, webhooks
 
 VERSION = "0.1.0"
 
@@ -29,7 +29,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app() -> FastAPI:
     """The ASGI application of one gateway process."""
     app = FastAPI(title="Switchyard", version=VERSION, lifespan=_lifespan, docs_url="/docs", redoc_url=None)
-    for family in (inference, responses, jobs, models, cache, health):
+    for family in (inference, responses, jobs, webhooks, models, cache, health):
         app.include_router(family.router)
     errors.install(app)
     app.add_middleware(RequestLog)

@@ -18,9 +18,9 @@ from rich.table import Table
 
 import catalog
 import settings
-from api import views
+from api import views, webhook_answers
 from catalog import Catalog, CatalogError
-from db import api_keys, cache, job_views, jobs, session, workers
+from db import api_keys, cache, job_views, jobs, session, webhooks, workers
 from db.cache import Purge
 from db.job_views import DeadLetters, Filter
 from db.models import JobStatus
@@ -34,9 +34,11 @@ app = typer.Typer(help="Switchyard: one door for every model you run.", no_args_
 keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 jobs_app = typer.Typer(help="Jobs of every tenant.", no_args_is_help=True)
 cache_app = typer.Typer(help="The response cache.", no_args_is_help=True)
+webhooks_app = typer.Typer(help="Webhooks of every tenant.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(cache_app, name="cache")
+app.add_typer(webhooks_app, name="webhooks")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -276,6 +278,38 @@ def purge_cache(
     with _cursor() as cursor:
         removed = cache.purge(cursor, [Purge(tenant=None, key=raw, model=model)])[0]
     console.print(f"removed {removed} entries")
+
+
+@webhooks_app.command("secret")
+def create_webhook_secret(tenant: Annotated[str, typer.Option(help="Whose webhooks it signs.")] = "default") -> None:
+    """Make a signing secret. It is shown once; the one before it signs beside it for a day."""
+    with _cursor() as cursor:
+        print(webhooks.create_secret(cursor, [tenant])[0][1])
+
+
+@webhooks_app.command("list")
+def list_deliveries(
+    tenant: Annotated[str | None, typer.Option()] = None,
+    status: Annotated[str | None, typer.Option(help="pending, delivered, failed or disabled")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    as_json: Json = False,
+) -> None:
+    """Deliveries, newest first."""
+    with _cursor() as cursor:
+        found = webhooks.find(cursor, [webhooks.Filter(tenant=tenant, status=status, limit=limit)])[0]
+    shown = [webhook_answers.delivery(one) for one in found[:limit]]
+    names = ("id", "type", "url", "status", "attempts", "last_status_code", "last_error")
+    _show(shown if as_json else [{name: one[name] for name in names} for one in shown], as_json)
+
+
+@webhooks_app.command("redeliver")
+def redeliver(delivery_id: uuid.UUID) -> None:
+    """Deliver again, under the same event id; a URL that was disabled is called again."""
+    with _cursor() as cursor:
+        again = webhooks.redeliver(cursor, [(delivery_id, None)])[0]
+    if again is None:
+        _fail(f"no delivery {delivery_id}")
+    console.print("queued again")
 
 
 @contextlib.contextmanager

@@ -30,5 +30,7 @@ def request(call: Call, wish: Wish) -> bytes:
         wish.metadata,
         wish.timeout_s,
         wish.deadline,
+        # Only where given, so that keys of requests from before these existed still fit.
+        *([wish.webhook, wish.result_ttl_s] if wish.webhook or wish.result_ttl_s else []),
     ]
     return hashlib.sha256(orjson.dumps(asked, option=_CANONICAL)).digest()

@@ -20,7 +20,7 @@ from api.prompts import Prompts
 from api.recent_hits import RecentHits
 from api.wishes import CachePlan, Wish
 from catalog import ModelSpec
-from db import accept, cache, job_views, jobs, removal, request_log, workers
+from db import accept, cache, job_views, jobs, removal, request_log, webhooks, workers
 from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
 from db.cache import Hit
@@ -28,7 +28,7 @@ from db.job_views import DeadLetters, Depth, Outcome
 from db.lanes import Lane, LaneDown
 from db.models import TERMINAL, JobStatus
 from db.session import Cursor
-from tasks import inference, metrics, replay, router, transport
+from tasks import inference, metrics, replay, router, transport, webhook_post
 from tasks.call import Call
 from tasks.responses import Frames, Identity, StreamFrames
 from tasks.router import Decision, Load
@@ -88,6 +88,11 @@ class Gateway:
         self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
         self.cancels = Lane(url, jobs.cancel)
         self.deletes = Lane(url, removal.delete)
+        self.webhook_secrets = Lane(url, webhooks.list_secrets)
+        self.new_webhook_secrets = Lane(url, webhooks.create_secret)
+        self.webhook_pages = Lane(url, webhooks.find, silence_s=_LONG_S)
+        self.redeliveries = Lane(url, webhooks.redeliver)
+        self.webhook_networks = webhook_post.networks(config.webhook_networks)
         self._dead_letters = Lane(url, job_views.dead_letters, silence_s=_LONG_S)
         self._requeues = Lane(url, jobs.retry)
         self.purges = Lane(url, cache.purge, silence_s=_LONG_S)
@@ -370,6 +375,8 @@ class Gateway:
             timings=orjson.dumps(timings).decode(),
             timeout_s=wish.timeout_s or caller.timeout_s,
             deadline=wish.deadline,
+            webhook=orjson.dumps(wish.webhook).decode() if wish.webhook else None,
+            result_ttl_s=wish.result_ttl_s,
             # A stream shares a run with streams: of another, it would see nothing before the end.
             coalesce_key=keys[call.model] + bytes([call.stream]) if plan.is_read else None,
         )

@@ -1,5 +1,6 @@
 """What leaves the job routes. Another tenant's job and an unknown one get the same 404."""
 
+import re
 from collections.abc import AsyncIterator
 from uuid import UUID
 
@@ -7,9 +8,9 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import answers, decoding, errors, response_answers, schemas, views, wishes
+from api import answers, decoding, errors, response_answers, schemas, views, webhook_answers, wishes
 from api.gateway import Gateway
-from api.wishes import Wish
+from api.wishes import CacheControl, Wish
 from db.api_keys import ApiKey
 from db.job_views import DeadLetters, Filter, View
 from db.lanes import LaneDown
@@ -24,18 +25,37 @@ async def create(request: Request, caller: ApiKey) -> Response:
     limits = gateway.catalog.limits
     wanted = schemas.parse_job(decoding.decode(await decoding.read_body(request, limits), limits), limits)
     asked = wishes.read(request.headers, gateway.config.wait_s)
+    if wanted.webhook is not None:
+        await webhook_answers.check(gateway, caller, wanted.webhook["url"])
     wish = Wish(
-        cache=asked.cache,
+        # A webhook tells of a job of its own: an answer from the cache would leave it nothing to tell.
+        cache=asked.cache if wanted.webhook is None else CacheControl(is_no_cache=True),
         wait_s=asked.wait_s if asked.preference_applied else 0.0,
         is_async=True,
         preference_applied=asked.preference_applied,
         metadata=wanted.metadata,
         timeout_s=wanted.timeout_s or asked.timeout_s,
         deadline=wanted.deadline,
+        webhook=wanted.webhook,
+        result_ttl_s=wanted.result_ttl_s,
         idempotency_key=asked.idempotency_key,
         is_retry=asked.is_retry,
     )
     return await answers.answer(request, gateway, wanted.call, caller, wish)
+
+
+_METADATA = re.compile(r"metadata\[([^\[\]\x00]{1,64})\]")
+
+
+def metadata_of(request: Request) -> str | None:
+    """The pairs that `metadata[key]=value` parameters ask for, as JSON."""
+    wanted = {}
+    for name, value in request.query_params.multi_items():
+        if match := _METADATA.fullmatch(name):
+            if len(value) > 512 or "\x00" in value:
+                raise errors.InvalidValue("metadata values must have at most 512 characters.", param="metadata")
+            wanted[match[1]] = value
+    return orjson.dumps(wanted).decode() if wanted else None
 
 
 async def page(request: Request, wanted: Filter) -> Response:
@@ -128,6 +148,19 @@ async def cancel(request: Request, caller: ApiKey, job_id: UUID) -> Response:
     if status is not JobStatus.CANCELLED:
         raise errors.ConflictState(f"The job has already {status}.")
     return _json(views.job(await _view(gateway, caller, job_id)))
+
+
+async def delete(request: Request, caller: ApiKey, job_id: UUID) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    view = await _view(gateway, caller, job_id)
+    try:
+        status = await gateway.deletes.submit((job_id, view.tenant))
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if status is not None and status not in TERMINAL:
+        raise errors.ConflictState("The job has not ended; cancel it first.")
+    gateway.recent_hits.clear()
+    return _json({"id": str(job_id), "object": "job", "deleted": True})
 
 
 async def retry(request: Request, caller: ApiKey, job_id: UUID) -> Response:

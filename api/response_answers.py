@@ -9,7 +9,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import answers, decoding, errors, ids, schemas, wishes
+from api import answers, decoding, errors, ids, schemas, webhook_answers, wishes
 from api.gateway import Accepted, Gateway
 from api.schemas.responses import ResponseRequest
 from db.api_keys import ApiKey
@@ -30,6 +30,9 @@ async def create(request: Request, caller: ApiKey) -> Response:
     wanted = schemas.read(ResponseRequest, decoding.decode(await decoding.read_body(request, limits), limits))
     call = wanted.to_call(await _context(gateway, caller, wanted.previous_response_id))
     wish = replace(wishes.read(request.headers, gateway.config.wait_s), metadata=wanted.metadata or {}, is_plain=False)
+    if wanted.webhook is not None:
+        await webhook_answers.check(gateway, caller, wanted.webhook.url)
+        wish = replace(wish, webhook=wanted.webhook.kept())
     if wanted.background:
         wish = replace(wish, is_async=True, wait_s=wish.wait_s if wish.preference_applied else 0.0)
     made = await answers.submitted(request, gateway, call, caller, wish)

@@ -21,10 +21,11 @@ def job(view: View) -> JSON:
         "requested_model": view.requested_model,
         "backend": view.backend,
         "stream": view.is_stream,
-        "created_at": _seconds(view.created_at),
-        "started_at": _seconds(view.started_at),
-        "completed_at": _seconds(view.finished_at),
-        "deadline_at": _seconds(view.deadline_at),
+        "created_at": seconds(view.created_at),
+        "started_at": seconds(view.started_at),
+        "completed_at": seconds(view.finished_at),
+        "deadline_at": seconds(view.deadline_at),
+        "result_ttl_s": view.result_ttl_s,
         "attempt": view.attempt,
         "cache": {"verdict": view.cache_verdict, "key": view.cache_key},
         "leader": None if view.leader_id is None else str(view.leader_id),
@@ -43,6 +44,7 @@ def job(view: View) -> JSON:
             "retry": f"{path}/retry",
             "explain": f"{path}/explain",
         },
+        "webhook": view.webhook,
         "metadata": view.metadata or {},
     }
 
@@ -91,7 +93,8 @@ def _store_ms(view: View) -> float | None:
     return None if run is None or whole is None or view.status not in TERMINAL else round(max(whole - run, 0.0), 3)
 
 
-def _seconds(moment: datetime.datetime | None) -> int | None:
+def seconds(moment: datetime.datetime | None) -> int | None:
+    """Unix seconds."""
     return None if moment is None else int(moment.timestamp())
 
 

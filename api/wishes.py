@@ -7,6 +7,7 @@
 import functools
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.datastructures import Headers
 
@@ -46,6 +47,9 @@ class Wish:
     timeout_s: float | None = None
     deadline: float | None = None
     """Unix seconds. The earlier of the two counts."""
+    webhook: dict[str, Any] | None = None
+    """{"url", "events"?}"""
+    result_ttl_s: int | None = None
     cancels_on_disconnect: bool = False
     idempotency_key: str | None = None
     is_retry: bool = False

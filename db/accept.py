@@ -46,6 +46,8 @@ class NewJob:
     """Unix seconds. The earlier of the two counts."""
     coalesce_key: bytes | None = None
     """Live jobs with the same key share one run. None: this one runs alone."""
+    webhook: str | None = None
+    result_ttl_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,12 @@ class Inserted:
 _COLUMNS = """
     id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, backend, is_stream,
     payload, metadata, decision, cache_verdict, cache_key, cache_ttl_s, is_cache_refresh, prompt_tokens, timings,
-    deadline_at, coalesce_key
+    deadline_at, coalesce_key, webhook, result_ttl_s
 """
 _TYPES = (
     "(%s::uuid,%s,%s::uuid,%s,%s,%s,%s,%s,%s,%s,%s,%s::bytea,%s::jsonb,%s::jsonb,%s,%s::bytea,%s::int,%s,%s,"
-    "%s::jsonb,least(clock_timestamp() + %s::float8 * interval '1 s', to_timestamp(%s::float8)),%s::bytea)"
+    "%s::jsonb,least(clock_timestamp() + %s::float8 * interval '1 s', to_timestamp(%s::float8)),%s::bytea,"
+    "%s::jsonb,%s::int)"
 )
 _INSERTED = "id, created_at, backend, cache_verdict, leader_id, coalesce(flight_id, id)"
 
@@ -93,7 +96,7 @@ def _row(job: NewJob) -> tuple[Any, ...]:
         job.id, job.tenant, job.api_key_id, job.request_id, job.endpoint, job.task, job.requested_model, job.model,
         job.model_revision, job.backend, job.is_stream, job.payload, job.metadata, job.decision, job.cache_verdict,
         job.cache_key, job.cache_ttl_s, job.is_cache_refresh, job.prompt_tokens, job.timings, job.timeout_s,
-        job.deadline, job.coalesce_key,
+        job.deadline, job.coalesce_key, job.webhook, job.result_ttl_s,
     )  # fmt: skip
 
 
@@ -131,7 +134,7 @@ def _follow(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
         INSERT INTO jobs ({_COLUMNS}, leader_id, flight_id)
         SELECT i.id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, l.backend,
             is_stream, payload, metadata, decision, 'COALESCED; joined ' || l.id, cache_key, cache_ttl_s,
-            is_cache_refresh, prompt_tokens, timings, deadline_at, NULL, l.id, l.flight_id
+            is_cache_refresh, prompt_tokens, timings, deadline_at, NULL, webhook, result_ttl_s, l.id, l.flight_id
         FROM input i JOIN leader l ON l.coalesce_key = i.coalesce_key RETURNING {_INSERTED}
         """,  # noqa: S608 - column names from this file alone
         [_row(job) for job in jobs],

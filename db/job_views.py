@@ -73,7 +73,8 @@ _VIEW = """
     id, tenant, request_id, endpoint, requested_model, model, model_revision, backend, status, is_stream, metadata,
     decision, cache_verdict, encode(cache_key, 'hex') AS cache_key, attempt, attempts, prompt_tokens, usage, error,
     timings, created_at, enqueued_at, started_at, first_token_at, finished_at, deadline_at,
-    (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker, leader_id, coalesce(flight_id, id)
+    (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker, leader_id, coalesce(flight_id, id),
+    webhook, result_ttl_s
 """
 
 
@@ -110,6 +111,8 @@ class View:
     worker: str | None
     leader_id: uuid.UUID | None
     flight_id: uuid.UUID
+    webhook: dict[str, Any] | None
+    result_ttl_s: int | None
 
 
 def view(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str | None]]) -> list[View | None]:
@@ -131,6 +134,8 @@ class Filter:
     status: str | None = None
     model: str | None = None
     endpoint: str | None = None
+    metadata: str | None = None
+    """JSON: an object whose pairs the job's metadata must have."""
     after: uuid.UUID | None = None
     limit: int = 20
 
@@ -143,6 +148,8 @@ def find(cursor: Cursor, filters: Sequence[Filter]) -> list[list[View]]:
 def _page(cursor: Cursor, wanted: Filter) -> list[View]:
     columns = [name for name in ("tenant", "status", "model", "endpoint") if getattr(wanted, name) is not None]
     conditions = ["true", *(f"{name} = %({name})s" for name in columns)]
+    if wanted.metadata is not None:
+        conditions.append("metadata @> %(metadata)s::jsonb")
     if wanted.after is not None:
         conditions.append("(created_at, id) < (SELECT created_at, id FROM jobs WHERE id = %(after)s)")
     cursor.execute(

@@ -60,6 +60,8 @@ class JobSubmission:
     metadata: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     deadline: float | None = None
+    webhook: dict[str, Any] | None = None
+    result_ttl_s: int | None = None
 
 
 def parse(endpoint: str, body: dict[str, Any], limits: LimitsEntry = _DEFAULT_LIMITS) -> Call:
@@ -76,7 +78,14 @@ def parse_job(body: dict[str, Any], limits: LimitsEntry = _DEFAULT_LIMITS) -> Jo
         call = parse(job.endpoint, job.body, limits)
     except errors.APIError as error:
         raise type(error)(error.message, param=f"body.{error.param}" if error.param else "body") from None
-    return JobSubmission(call=call, metadata=job.metadata or {}, timeout_s=job.timeout_s, deadline=job.deadline)
+    return JobSubmission(
+        call=call,
+        metadata=job.metadata or {},
+        timeout_s=job.timeout_s,
+        deadline=job.deadline,
+        webhook=job.webhook.kept() if job.webhook else None,
+        result_ttl_s=job.result_ttl_s,
+    )
 
 
 def read(model: type[AnyWireModel], body: dict[str, Any]) -> AnyWireModel:

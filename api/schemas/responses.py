@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from api.schemas.fields import COMMON_NO_EFFECT, NOTHING, EchoOptions, Label, Metadata, ModelName, WireModel
 from api.schemas.sampling import given_params
+from api.schemas.webhooks import ResponseWebhook
 from tasks.call import Call
 
 _ROLES = {"user", "assistant", "system", "developer"}
@@ -125,6 +126,7 @@ class ResponseRequest(WireModel):
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None
     text: TextConfig | None = None
     metadata: Metadata | None = None
+    webhook: ResponseWebhook | None = None
     user: Label | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
@@ -152,6 +154,8 @@ class ResponseRequest(WireModel):
     def _fields_agree(self) -> "ResponseRequest":
         if self.background and self.store is False:
             raise PydanticCustomError("background", "needs a stored response, which store: false forbids")
+        if self.webhook is not None and not self.background:
+            raise PydanticCustomError("webhook", "is only allowed with background: true")
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "is only allowed with stream: true")
         return self

@@ -27,6 +27,8 @@ EXPECTED = {
     "unsupported_content_encoding": 415,
     "validation_error": 400,
     "response_not_found": 404,
+    "delivery_not_found": 404,
+    "webhook_secret_missing": 400,
     "previous_response_not_found": 400,
     "unknown_field": 400,
     "unsupported_parameter": 400,

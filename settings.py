@@ -52,6 +52,14 @@ class Settings(BaseSettings):
         False, description="Run on a Postgres or Redis whose settings can lose what was accepted."
     )
     wait_s: float = Field(600.0, gt=0, description="Longest synchronous wait before the answer becomes a 202.")
+    webhook_networks: str = Field(
+        "", description="Private networks that webhooks may be sent into, e.g. `10.0.0.0/8,fd00::/8`."
+    )
+    webhook_timeout_s: float = Field(15.0, gt=0, description="Seconds a webhook's receiver has for its answer.")
+    webhook_retry_s: str = Field(
+        "5,300,1800,7200,18000,36000,50400,72000,86400",
+        description="Seconds between a webhook's tries, give or take a fifth.",
+    )
     result_ttl_s: int = Field(86_400, ge=60, description="Seconds a finished job and its result are kept.")
 
 

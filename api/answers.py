@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
@@ -12,6 +12,7 @@ from starlette.types import Message, Send
 from api import decoding, errors, schemas, views, wishes
 from api.gateway import Accepted, Gateway
 from api.recent_hits import RequestKey
+from api.stream_frames import StreamFrames
 from api.wishes import Wish
 from db.api_keys import ApiKey
 from db.cache import Hit
@@ -64,6 +65,27 @@ async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey,
                  recent: RequestKey | None = None) -> Response:  # fmt: skip
     """Submit a call and answer in the form that it and its wish ask for. `recent` remembers a hit."""
     entry: Entry = request.state.log
+    made = await submitted(request, gateway, call, caller, wish)
+    if isinstance(made, Hit):
+        if recent is not None and not gateway.config.log_prompts:
+            gateway.recent_hits.put(recent, call, made)
+        return _from_cache(entry, call, made)
+    headers = headers_of(made, wish)
+    if call.stream and not wish.is_async:
+        headers |= NO_BUFFERING | server_timing(made.steps, {})
+        return EventStream(watched(gateway, made, caller, wish), 200, headers, SSE)
+    try:
+        outcome = await wait_for(request, gateway, made, caller, wish)
+    finally:
+        made.watch.close()
+    if outcome is None:
+        return await accepted(gateway, made, caller, headers)
+    return _from_outcome(gateway, entry, outcome, headers | times(outcome, made.steps))
+
+
+async def submitted(request: Request, gateway: Gateway, call: Call, caller: ApiKey, wish: Wish) -> Hit | Accepted:
+    """Submit a call, and account for it."""
+    entry: Entry = request.state.log
     entry.requested_model, entry.is_stream = call.model[:256], call.stream
     if gateway.config.log_prompts:
         entry.prompt = orjson.dumps(call.messages or call.inputs).decode()
@@ -71,28 +93,13 @@ async def answer(request: Request, gateway: Gateway, call: Call, caller: ApiKey,
         made = await gateway.submit(call, caller, wishes.in_tier(wish, call), entry.request_id)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
-    if isinstance(made, Hit):
-        if recent is not None and not gateway.config.log_prompts:
-            gateway.recent_hits.put(recent, call, made)
-        return _from_cache(entry, call, made)
-    entry.job_id, entry.model, entry.backend = made.job_id, made.model, made.backend
-    entry.cache_verdict, entry.prompt_tokens = made.cache_verdict, made.call.prompt_tokens
-    headers = _headers(made)
-    if wish.preference_applied:
-        headers |= {"Preference-Applied": wish.preference_applied, "Vary": "Prefer"}
-    if call.stream and not wish.is_async:
-        headers |= NO_BUFFERING | server_timing(made.steps, {})
-        return EventStream(_watched(gateway, made, caller, wish), 200, headers, SSE)
-    try:
-        outcome = await _wait(request, gateway, made, caller, wish)
-    finally:
-        made.watch.close()
-    if outcome is None:
-        return await _accepted(gateway, made, caller, headers)
-    return _from_outcome(gateway, entry, outcome, headers | times(outcome, made.steps))
+    if isinstance(made, Accepted):
+        entry.job_id, entry.model, entry.backend = made.job_id, made.model, made.backend
+        entry.cache_verdict, entry.prompt_tokens = made.cache_verdict, made.call.prompt_tokens
+    return made
 
 
-async def _wait(request: Request, gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish) -> Outcome | None:
+async def wait_for(request: Request, gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish) -> Outcome | None:
     """Wait as long as asked. A caller who said so takes the job along when it hangs up."""
     if wish.wait_s == 0:
         return None
@@ -114,11 +121,12 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _watched(gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish) -> AsyncIterator[bytes]:
+async def watched(gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish,
+                  make: Callable[[], StreamFrames] | None = None) -> AsyncIterator[bytes]:  # fmt: skip
     """The stream; closes its watch, and cancels the job where the caller asked for that and is gone."""
     is_whole = False
     try:
-        async for piece in gateway.stream(made.identity, made.flight_id, made.call, made.watch):
+        async for piece in gateway.stream(made.identity, made.flight_id, made.call, made.watch, make=make):
             yield piece
         is_whole = True
     finally:
@@ -128,7 +136,7 @@ async def _watched(gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish)
                 await asyncio.shield(gateway.cancel(made.job_id, caller.tenant))
 
 
-async def _accepted(gateway: Gateway, made: Accepted, caller: ApiKey, headers: dict[str, str]) -> Response:
+async def accepted(gateway: Gateway, made: Accepted, caller: ApiKey, headers: dict[str, str]) -> Response:
     """202: the job goes on by itself; 200 where it is an earlier one that has ended."""
     try:
         view = await gateway.views.submit((made.job_id, caller.tenant))
@@ -144,13 +152,13 @@ def _from_outcome(gateway: Gateway, entry: Entry, outcome: Outcome, headers: dic
     entry.queue_ms, entry.ttft_ms = outcome.queue_ms, outcome.ttft_ms
     if outcome.status is not JobStatus.SUCCEEDED:
         raise gateway.error_of(outcome)
-    _count_usage(entry, outcome.usage)
+    count_usage(entry, outcome.usage)
     return Response(outcome.body, 200, headers, "application/json")
 
 
 def _from_cache(entry: Entry, call: Call, hit: Hit) -> Response:
     entry.model, entry.backend, entry.cache_verdict, entry.job_id = hit.model, hit.backend, "HIT", hit.job_id
-    _count_usage(entry, hit.usage)
+    count_usage(entry, hit.usage)
     if not call.stream:
         return _Stored(hit.body, _hit_headers(hit, "application/json"))
     body = orjson.loads(hit.body)
@@ -180,12 +188,12 @@ class _Stored(Response):
         self.raw_headers = [*headers, (b"content-length", b"%d" % len(body))]
 
 
-def _count_usage(entry: Entry, usage: Mapping[str, int] | None) -> None:
+def count_usage(entry: Entry, usage: Mapping[str, int] | None) -> None:
     if usage:
         entry.prompt_tokens, entry.completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
 
 
-def _headers(made: Accepted) -> dict[str, str]:
+def headers_of(made: Accepted, wish: Wish) -> dict[str, str]:
     headers = {
         "x-job-id": str(made.job_id),
         "x-cache": made.cache_verdict,
@@ -193,6 +201,8 @@ def _headers(made: Accepted) -> dict[str, str]:
         "x-backend": made.backend,
         "x-route-reason": made.route_reason,
     }
+    if wish.preference_applied:
+        headers |= {"Preference-Applied": wish.preference_applied, "Vary": "Prefer"}
     return headers | {"Idempotent-Replayed": "true"} if made.is_replayed else headers
 
 

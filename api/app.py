@@ -10,7 +10,7 @@ from api import error_forms, errors
 from api.auth import Keys
 from api.gateway import Gateway
 from api.request_log import RequestLog
-from api.routes import admin, cache, health, inference, jobs, messages, models, tei
+from api.routes import admin, cache, health, inference, jobs, messages, models, responses, tei, webhooks
 
 VERSION = "0.1.0"
 
@@ -29,7 +29,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app() -> FastAPI:
     """The ASGI application of one gateway process."""
     app = FastAPI(title="Switchyard", version=VERSION, lifespan=_lifespan, docs_url="/docs", redoc_url=None)
-    for family in (inference, messages, tei, jobs, models, cache, admin, health):
+    for family in (inference, responses, messages, tei, jobs, webhooks, models, cache, admin, health):
         app.include_router(family.router)
     for more in (models.aliases, tei.descriptions):
         app.include_router(more)

@@ -14,7 +14,7 @@ import typer
 
 import catalog
 import settings
-from api import key_commands, tenant_commands, views
+from api import key_commands, tenant_commands, views, webhook_commands
 from api.terminal import Json, console, fail, ledger, show
 from catalog import Catalog, CatalogError
 from db import budgets, cache, job_views, jobs, session, workers
@@ -33,6 +33,7 @@ app.add_typer(key_commands.app, name="keys")
 app.add_typer(tenant_commands.app, name="tenants")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(cache_app, name="cache")
+app.add_typer(webhook_commands.app, name="webhooks")
 
 
 def main() -> None:

@@ -131,6 +131,25 @@ class TenantNotFound(InvalidRequest):
     status, code, default = 404, "tenant_not_found", "There is no such tenant."
 
 
+class ResponseNotFound(InvalidRequest):
+    status, code, default = 404, "response_not_found", "There is no such response, or it is not stored."
+
+
+class PreviousResponseNotFound(InvalidRequest):
+    code, default = "previous_response_not_found", "There is no such stored response to go on from."
+
+
+class DeliveryNotFound(InvalidRequest):
+    status, code, default = 404, "delivery_not_found", "There is no such delivery."
+
+
+class WebhookSecretMissing(InvalidRequest):
+    code, default = (
+        "webhook_secret_missing",
+        "Webhooks are signed: make a secret first, with POST /v1/webhooks/secrets.",
+    )
+
+
 class NotFound(InvalidRequest):
     status, code, default = 404, "not_found", "There is no such path."
 

@@ -31,5 +31,7 @@ def request(call: Call, wish: Wish) -> bytes:
         wish.timeout_s,
         wish.deadline,
         wish.priority,
+        # Only where given, so that keys of requests from before these existed still fit.
+        *([wish.webhook, wish.result_ttl_s] if wish.webhook or wish.result_ttl_s else []),
     ]
     return hashlib.sha256(orjson.dumps(asked, option=_CANONICAL)).digest()

@@ -16,13 +16,14 @@ import structlog
 
 import catalog
 import settings
-from api import error_forms, errors, fingerprints, ids, refusals, wishes
+from api import errors, fingerprints, ids, refusals, wishes
 from api.prompts import Prompts
 from api.rate_limits import RateLimits
 from api.recent_hits import RecentHits
+from api.stream_frames import EndpointFrames, StreamFrames
 from api.wishes import CachePlan, Wish
 from catalog import Catalog, ModelSpec
-from db import accept, budgets, cache, job_views, jobs, request_log, session, workers
+from db import accept, budgets, cache, job_views, jobs, removal, request_log, session, webhooks, workers
 from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
 from db.budgets import Refused
@@ -31,7 +32,7 @@ from db.job_views import Backlog, DeadLetters, Depth, Outcome
 from db.lanes import Lane, LaneDown
 from db.models import TERMINAL, JobStatus
 from db.session import Cursor
-from tasks import inference, metrics, replay, responses, router, transport
+from tasks import inference, metrics, replay, router, transport, webhook_post
 from tasks.call import Call
 from tasks.fair_share import FairShare, Level, Priority
 from tasks.identity import Identity
@@ -99,6 +100,12 @@ class Gateway:
         self.payloads = Lane(url, job_views.payload)
         self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
         self.cancels = Lane(url, jobs.cancel)
+        self.deletes = Lane(url, removal.delete)
+        self.webhook_secrets = Lane(url, webhooks.list_secrets)
+        self.new_webhook_secrets = Lane(url, webhooks.create_secret)
+        self.webhook_pages = Lane(url, webhooks.find, silence_s=_LONG_S)
+        self.redeliveries = Lane(url, webhooks.redeliver)
+        self.webhook_networks = webhook_post.networks(config.webhook_networks)
         self._dead_letters = Lane(url, job_views.dead_letters, silence_s=_LONG_S)
         self._requeues = Lane(url, budgets.retry)
         self.purges = Lane(url, cache.purge, silence_s=_LONG_S)
@@ -180,7 +187,7 @@ class Gateway:
         if plan.is_refresh:
             self.recent_hits.clear()
         job = self._new_job(ready, caller, wish, request_id, decision, verdict, plan, keys, steps.done)
-        accepted = await self._accept(job, ready, decision, caller, wish)
+        accepted = await self._accept(job, ready, decision, caller, wish, call)
         accepted.steps = steps.done
         return accepted
 
@@ -203,22 +210,25 @@ class Gateway:
                 raise errors.GatewayStopping()
             watch.rearm()
 
-    async def stream(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch,
-                     after: int = 0) -> AsyncIterator[bytes]:  # fmt: skip
+    async def stream(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch, after: int = 0,
+                     make: Callable[[], StreamFrames] | None = None) -> AsyncIterator[bytes]:  # fmt: skip
         """The watched job's run as server-sent events, each with its number as id, from the first one after
         number `after`. Where Redis lost some, the rest is made from the stored answer. A stream that fails ends
-        with an error event, never as a whole one does."""
+        with an error event, never as a whole one does. `make` makes the frames of another form than the endpoint's."""
+        make = make or (lambda: EndpointFrames(identity, call))
+        frames = make()
         try:
-            async for piece in self._frames(identity, flight_id, call, watch, after):
+            async for piece in self._frames(identity, flight_id, call, watch, after, frames, make):
                 yield piece
         except Interrupted:
-            yield error_forms.stream_error(call.endpoint, errors.StreamInterrupted())
+            yield frames.failed(errors.StreamInterrupted())
         except errors.APIError as error:
-            yield error_forms.stream_error(call.endpoint, error)
+            yield frames.failed(error)
 
-    async def _frames(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch,
-                      after: int) -> AsyncIterator[bytes]:  # fmt: skip
-        frames = responses.frames(identity, call)
+    async def _frames(self, identity: Identity, flight_id: uuid.UUID, call: Call, watch: Watch, after: int,
+                      frames: StreamFrames, make: Callable[[], StreamFrames]) -> AsyncIterator[bytes]:  # fmt: skip
+        if opening := frames.begin():
+            yield opening
         seen, is_whole = after, False
         async for event in self.subscriber.events(watch, flight_id, _KEEP_ALIVE_S):
             if event is None:
@@ -234,15 +244,17 @@ class Gateway:
         if self._is_out_of_time and (outcome is None or outcome.status not in TERMINAL):
             raise errors.GatewayStopping()
         if outcome is None or outcome.body is None:
-            raise self.error_of(outcome)
+            status = None if outcome is None else outcome.status
+            yield frames.failed(self.error_of(outcome), status)
+            return
         if not is_whole:
-            frames = responses.frames(identity, call)
+            frames = make()
             for event in replay.events(call, outcome.body, outcome.events):
                 made = frames.event(event)
                 if event.is_new_to(seen):
                     seen = event.seq
                     yield made
-        yield frames.end(outcome.usage, outcome.body)
+        yield frames.end(outcome, outcome.body)
 
     async def cancel(self, job_id: uuid.UUID, tenant: str) -> JobStatus | None:
         """Cancel for good; the state afterwards, None if the tenant has no such job."""
@@ -424,6 +436,8 @@ class Gateway:
             deadline=wish.deadline,
             priority=wish.priority,
             predicted_tokens=call.prompt_tokens + int(decision.chosen.facts.get("tokens", 0)),
+            webhook=orjson.dumps(wish.webhook).decode() if wish.webhook else None,
+            result_ttl_s=wish.result_ttl_s,
             # A stream shares a run with streams: of another, it would see nothing before the end.
             coalesce_key=keys[call.model] + bytes([call.stream]) if plan.is_read else None,
             input_price=price.input_nano,
@@ -431,17 +445,19 @@ class Gateway:
             reserved_tokens=call.most_tokens if caller.has_budget else None,
         )
 
-    async def _accept(self, job: NewJob, call: Call, decision: Decision, caller: ApiKey, wish: Wish) -> Accepted:
-        """Commit the row, then send the message: the other order could run a job that nobody recorded."""
+    async def _accept(self, job: NewJob, call: Call, decision: Decision, caller: ApiKey, wish: Wish,
+                      asked: Call) -> Accepted:  # fmt: skip
+        """Commit the row, then send the message: the other order could run a job that nobody recorded. `asked` is
+        the call as it came, by which its next sending is recognised."""
         watch = self.subscriber.watch(job.id, is_recorded=False)
         try:
-            inserted = await self._insert(job, call, caller, wish)
+            inserted = await self._insert(job, asked, caller, wish)
         except BaseException:
             watch.close()
             raise
         if isinstance(inserted, Reserved):
             watch.close()
-            return await self._rejoin(inserted, fingerprints.request(call, wish), call, caller)
+            return await self._rejoin(inserted, fingerprints.request(asked, wish), call, caller)
         watch.is_recorded = True
         if inserted.leader_id is None:
             is_first = wish.priority is Priority.PRIORITY and decision.level is Level.WITHIN_SHARE
@@ -453,14 +469,14 @@ class Gateway:
         return Accepted(job.id, inserted.flight_id, call, job.model, inserted.backend, decision.reason,
                         int(inserted.created_at.timestamp()), inserted.cache_verdict, watch)  # fmt: skip
 
-    async def _insert(self, job: NewJob, call: Call, caller: ApiKey, wish: Wish) -> Inserted | Reserved:
+    async def _insert(self, job: NewJob, asked: Call, caller: ApiKey, wish: Wish) -> Inserted | Reserved:
         """Record the job; or learn that another request with the same Idempotency-Key was quicker.
 
         Whoever waits for the answer itself is promised nothing before it, and the answer's own commit
         carries this row to the disk with it; only they get the relaxed insert, one fsync less.
         """
         if wish.idempotency_key is not None:
-            key = Idempotency(caller.id, wish.idempotency_key, fingerprints.request(call, wish))
+            key = Idempotency(caller.id, wish.idempotency_key, fingerprints.request(asked, wish))
             if caller.has_budget:
                 reserved = _admitted(await self._budgeted_keyed_inserts.submit((key, job)))
             else:

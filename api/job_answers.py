@@ -1,5 +1,6 @@
 """What leaves the job routes. Another tenant's job and an unknown one get the same 404."""
 
+import re
 from collections.abc import AsyncIterator
 from uuid import UUID
 
@@ -7,16 +8,16 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import answers, decoding, errors, schemas, views, wishes
+from api import answers, decoding, errors, response_answers, schemas, views, webhook_answers, wishes
 from api.gateway import Gateway
-from api.wishes import Wish
+from api.wishes import CacheControl, Wish
 from db.api_keys import ApiKey
 from db.job_views import DeadLetters, Filter, View
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from tasks.call import Call
 from tasks.fair_share import Priority
-from tasks.identity import Identity
+from tasks.identity import RESPONSES, Identity
 
 
 async def create(request: Request, caller: ApiKey) -> Response:
@@ -25,8 +26,11 @@ async def create(request: Request, caller: ApiKey) -> Response:
     limits = gateway.catalog.limits
     wanted = schemas.parse_job(decoding.decode(await decoding.read_body(request, limits), limits), limits)
     asked = wishes.read(request.headers, gateway.config.wait_s)
+    if wanted.webhook is not None:
+        await webhook_answers.check(gateway, caller, wanted.webhook["url"])
     wish = Wish(
-        cache=asked.cache,
+        # A webhook tells of a job of its own: an answer from the cache would leave it nothing to tell.
+        cache=asked.cache if wanted.webhook is None else CacheControl(is_no_cache=True),
         wait_s=asked.wait_s if asked.preference_applied else 0.0,
         is_async=True,
         preference_applied=asked.preference_applied,
@@ -34,10 +38,26 @@ async def create(request: Request, caller: ApiKey) -> Response:
         timeout_s=wanted.timeout_s or asked.timeout_s,
         deadline=wanted.deadline,
         priority=Priority[wanted.priority.upper()],
+        webhook=wanted.webhook,
+        result_ttl_s=wanted.result_ttl_s,
         idempotency_key=asked.idempotency_key,
         is_retry=asked.is_retry,
     )
     return await answers.answer(request, gateway, wanted.call, caller, wish)
+
+
+_METADATA = re.compile(r"metadata\[([^\[\]\x00]{1,64})\]")
+
+
+def metadata_of(request: Request) -> str | None:
+    """The pairs that `metadata[key]=value` parameters ask for, as JSON."""
+    wanted = {}
+    for name, value in request.query_params.multi_items():
+        if match := _METADATA.fullmatch(name):
+            if len(value) > 512 or "\x00" in value:
+                raise errors.InvalidValue("metadata values must have at most 512 characters.", param="metadata")
+            wanted[match[1]] = value
+    return orjson.dumps(wanted).decode() if wanted else None
 
 
 async def page(request: Request, wanted: Filter) -> Response:
@@ -75,6 +95,9 @@ async def result(request: Request, caller: ApiKey, job_id: UUID) -> Response:
     view = await _view(gateway, caller, job_id)
     if view.status not in TERMINAL:
         return _json(views.job(view), 202, {"Retry-After": "1"})
+    if view.endpoint == RESPONSES and view.status == JobStatus.SUCCEEDED:
+        call, flight_id = await _call(gateway, job_id)
+        return await response_answers.result(gateway, view, flight_id, call)
     try:
         outcome = await gateway.outcomes.submit(job_id)
     except LaneDown:
@@ -90,18 +113,14 @@ async def stream(request: Request, caller: ApiKey, job_id: UUID, starting_after:
     last = request.headers.get("last-event-id", "")
     after = starting_after if starting_after is not None else int(last) if last.isdecimal() and len(last) < 10 else 0
     view = await _view(gateway, caller, job_id)
-    try:
-        stored = await gateway.payloads.submit(job_id)
-    except LaneDown:
-        raise errors.DependencyUnavailable() from None
-    if stored is None:
-        raise errors.JobNotFound()
-    call = Call.decode(stored[0])
+    call, flight_id = await _call(gateway, job_id)
+    if view.endpoint == RESPONSES:
+        return response_answers.events(request, gateway, view, flight_id, call, starting_after)
     if call.task != "generate":
         raise errors.ConflictState("Only generation jobs can be streamed; read the job's result instead.")
     identity = Identity(view.endpoint, view.id, view.model, int(view.created_at.timestamp()))
     return answers.EventStream(
-        _frames(gateway, identity, stored[1], call, after, view.status in TERMINAL),
+        _frames(gateway, identity, flight_id, call, after, view.status in TERMINAL),
         200,
         answers.NO_BUFFERING | {"x-job-id": str(job_id)},
         answers.SSE,
@@ -133,6 +152,19 @@ async def cancel(request: Request, caller: ApiKey, job_id: UUID) -> Response:
     return _json(views.job(await _view(gateway, caller, job_id)))
 
 
+async def delete(request: Request, caller: ApiKey, job_id: UUID) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    view = await _view(gateway, caller, job_id)
+    try:
+        status = await gateway.deletes.submit((job_id, view.tenant))
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if status is not None and status not in TERMINAL:
+        raise errors.ConflictState("The job has not ended; cancel it first.")
+    gateway.recent_hits.clear()
+    return _json({"id": str(job_id), "object": "job", "deleted": True})
+
+
 async def retry(request: Request, caller: ApiKey, job_id: UUID) -> Response:
     gateway: Gateway = request.app.state.gateway
     view = await _view(gateway, caller, job_id)
@@ -156,6 +188,17 @@ async def retry_all(request: Request, wanted: DeadLetters) -> Response:
 
 async def explain(request: Request, caller: ApiKey, job_id: UUID) -> Response:
     return _json(views.explanation(await _view(request.app.state.gateway, caller, job_id)))
+
+
+async def _call(gateway: Gateway, job_id: UUID) -> tuple[Call, UUID]:
+    """The stored call, and under whose name its events are kept."""
+    try:
+        stored = await gateway.payloads.submit(job_id)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    if stored is None:
+        raise errors.JobNotFound()
+    return Call.decode(stored[0]), stored[1]
 
 
 async def _view(gateway: Gateway, caller: ApiKey, job_id: UUID) -> View:

@@ -23,10 +23,11 @@ def job(view: View) -> JSON:
         "backend": view.backend,
         "stream": view.is_stream,
         "priority": Priority(view.priority).name.lower(),
-        "created_at": _seconds(view.created_at),
-        "started_at": _seconds(view.started_at),
-        "completed_at": _seconds(view.finished_at),
-        "deadline_at": _seconds(view.deadline_at),
+        "created_at": seconds(view.created_at),
+        "started_at": seconds(view.started_at),
+        "completed_at": seconds(view.finished_at),
+        "deadline_at": seconds(view.deadline_at),
+        "result_ttl_s": view.result_ttl_s,
         "attempt": view.attempt,
         "cache": {"verdict": view.cache_verdict, "key": view.cache_key},
         "leader": None if view.leader_id is None else str(view.leader_id),
@@ -45,6 +46,7 @@ def job(view: View) -> JSON:
             "retry": f"{path}/retry",
             "explain": f"{path}/explain",
         },
+        "webhook": view.webhook,
         "metadata": view.metadata or {},
     }
 
@@ -93,7 +95,8 @@ def _store_ms(view: View) -> float | None:
     return None if run is None or whole is None or view.status not in TERMINAL else round(max(whole - run, 0.0), 3)
 
 
-def _seconds(moment: datetime.datetime | None) -> int | None:
+def seconds(moment: datetime.datetime | None) -> int | None:
+    """Unix seconds."""
     return None if moment is None else int(moment.timestamp())
 
 

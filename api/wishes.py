@@ -7,6 +7,7 @@
 import functools
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from starlette.datastructures import Headers
 
@@ -48,6 +49,9 @@ class Wish:
     deadline: float | None = None
     """Unix seconds. The earlier of the two counts."""
     priority: Priority = Priority.DEFAULT
+    webhook: dict[str, Any] | None = None
+    """{"url", "events"?}"""
+    result_ttl_s: int | None = None
     cancels_on_disconnect: bool = False
     idempotency_key: str | None = None
     is_retry: bool = False
@@ -155,6 +159,8 @@ def plan_cache(call: Call, control: CacheControl, cache: CacheEntry) -> CachePla
         return CachePlan(False, False, "disabled")
     if control.is_no_store:
         return CachePlan(False, False, "no-store")
+    if call.format.get("response", {}).get("store"):
+        return CachePlan(False, False, "a stored response")
     is_asked = bool(control.max_age_s) or control.is_only_if_cached
     if is_sampled(call) and not is_asked:
         return CachePlan(False, False, "sampled")

@@ -54,6 +54,8 @@ class NewJob:
     reserved_tokens: int | None = None
     """Held against budgets (`db.budgets`). None: there are none."""
     reserved_on: datetime.date | None = None
+    webhook: str | None = None
+    result_ttl_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +74,13 @@ class Inserted:
 _COLUMNS = """
     id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, backend, is_stream,
     payload, metadata, decision, cache_verdict, cache_key, cache_ttl_s, is_cache_refresh, prompt_tokens, timings,
-    deadline_at, priority, predicted_tokens, coalesce_key, input_price, output_price, reserved_tokens, reserved_on
+    deadline_at, priority, predicted_tokens, coalesce_key, input_price, output_price, reserved_tokens, reserved_on,
+    webhook, result_ttl_s
 """
 _TYPES = (
     "(%s::uuid,%s,%s::uuid,%s,%s,%s,%s,%s,%s,%s,%s,%s::bytea,%s::jsonb,%s::jsonb,%s,%s::bytea,%s::int,%s,%s,"
     "%s::jsonb,least(clock_timestamp() + %s::float8 * interval '1 s', to_timestamp(%s::float8)),"
-    "%s::smallint,%s::int,%s::bytea,%s::int,%s::int,%s::bigint,%s::date)"
+    "%s::smallint,%s::int,%s::bytea,%s::int,%s::int,%s::bigint,%s::date,%s::jsonb,%s::int)"
 )
 _INSERTED = "id, created_at, backend, cache_verdict, leader_id, coalesce(flight_id, id)"
 
@@ -103,7 +106,7 @@ def _row(job: NewJob) -> tuple[Any, ...]:
         job.model_revision, job.backend, job.is_stream, job.payload, job.metadata, job.decision, job.cache_verdict,
         job.cache_key, job.cache_ttl_s, job.is_cache_refresh, job.prompt_tokens, job.timings, job.timeout_s,
         job.deadline, job.priority, job.predicted_tokens, job.coalesce_key, job.input_price, job.output_price,
-        job.reserved_tokens, job.reserved_on,
+        job.reserved_tokens, job.reserved_on, job.webhook, job.result_ttl_s,
     )  # fmt: skip
 
 
@@ -142,7 +145,7 @@ def _follow(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
         SELECT i.id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, l.backend,
             is_stream, payload, metadata, decision, 'COALESCED; joined ' || l.id, cache_key, cache_ttl_s,
             is_cache_refresh, prompt_tokens, timings, deadline_at, priority, predicted_tokens, NULL, input_price,
-            output_price, reserved_tokens, reserved_on, l.id, l.flight_id
+            output_price, reserved_tokens, reserved_on, webhook, result_ttl_s, l.id, l.flight_id
         FROM input i JOIN leader l ON l.coalesce_key = i.coalesce_key RETURNING {_INSERTED}
         """,  # noqa: S608 - column names from this file alone
         [_row(job) for job in jobs],

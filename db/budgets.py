@@ -157,6 +157,12 @@ def settle(cursor: Cursor) -> int:
     return settled
 
 
+def settle_tenant(cursor: Cursor, tenant: str) -> None:
+    """Settle the tenant's jobs that have ended, in the transaction of whoever calls, before it takes locks on jobs."""
+    _lock(cursor, {tenant})
+    _settle(cursor, [tenant])
+
+
 def forget(cursor: Cursor, older_than_days: int = 40) -> int:
     """Delete the accounts of days long past that hold nothing; answers how many."""
     cursor.execute(

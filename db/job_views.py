@@ -26,6 +26,8 @@ class Outcome:
     queue_ms: float | None
     run_ms: float | None
     ttft_ms: float | None
+    finished: int | None
+    """Unix seconds."""
 
 
 def outcome(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[Outcome | None]:
@@ -35,7 +37,8 @@ def outcome(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[Outcome | None]:
         SELECT j.id, status, body, events, error, usage, model, backend, attempt,
                extract(epoch FROM started_at - created_at)::float8 * 1000,
                extract(epoch FROM finished_at - started_at)::float8 * 1000,
-               extract(epoch FROM first_token_at - started_at)::float8 * 1000
+               extract(epoch FROM first_token_at - started_at)::float8 * 1000,
+               floor(extract(epoch FROM finished_at))::bigint
         FROM jobs j LEFT JOIN job_results r ON r.job_id = coalesce(leader_id, j.id) AND status = 'succeeded'
         WHERE j.id = ANY(%s)
         """,
@@ -70,7 +73,8 @@ _VIEW = """
     id, tenant, request_id, endpoint, requested_model, model, model_revision, backend, status, is_stream, metadata,
     decision, cache_verdict, encode(cache_key, 'hex') AS cache_key, attempt, attempts, prompt_tokens, usage, error,
     timings, priority, created_at, enqueued_at, started_at, first_token_at, finished_at, deadline_at,
-    (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker, leader_id, coalesce(flight_id, id)
+    (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker, leader_id, coalesce(flight_id, id),
+    webhook, result_ttl_s
 """
 
 
@@ -108,6 +112,8 @@ class View:
     worker: str | None
     leader_id: uuid.UUID | None
     flight_id: uuid.UUID
+    webhook: dict[str, Any] | None
+    result_ttl_s: int | None
 
 
 def view(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str | None]]) -> list[View | None]:
@@ -129,6 +135,8 @@ class Filter:
     status: str | None = None
     model: str | None = None
     endpoint: str | None = None
+    metadata: str | None = None
+    """JSON: an object whose pairs the job's metadata must have."""
     after: uuid.UUID | None = None
     limit: int = 20
 
@@ -141,6 +149,8 @@ def find(cursor: Cursor, filters: Sequence[Filter]) -> list[list[View]]:
 def _page(cursor: Cursor, wanted: Filter) -> list[View]:
     columns = [name for name in ("tenant", "status", "model", "endpoint") if getattr(wanted, name) is not None]
     conditions = ["true", *(f"{name} = %({name})s" for name in columns)]
+    if wanted.metadata is not None:
+        conditions.append("metadata @> %(metadata)s::jsonb")
     if wanted.after is not None:
         conditions.append("(created_at, id) < (SELECT created_at, id FROM jobs WHERE id = %(after)s)")
     cursor.execute(

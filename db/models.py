@@ -182,6 +182,10 @@ class Job(Base):
     first_token_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
     finished_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
     deadline_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    webhook: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    """{"url", "events"?}. A trigger leaves a delivery for it when the job ends."""
+    result_ttl_s: Mapped[int | None]
+    """Seconds it is kept after its end, where that is less than for others."""
 
     __table_args__ = (
         CheckConstraint(f"status IN ({_STATUSES})", name="jobs_status"),
@@ -202,6 +206,11 @@ class Job(Base):
         Index("jobs_running", "worker_id", postgresql_where=text("status = 'running'")),
         Index("jobs_by_tenant", "tenant", "created_at", "id"),
         Index("jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+        Index(
+            "jobs_short_lived",
+            "finished_at",
+            postgresql_where=text("result_ttl_s IS NOT NULL AND finished_at IS NOT NULL"),
+        ),
     )
 
 
@@ -275,6 +284,56 @@ class CacheEntry(Base):
         Index("response_cache_expiry", "expires_at"),
         Index("response_cache_model", "model"),
         Index("response_cache_lru", "last_hit_at"),
+    )
+
+
+class WebhookSecret(Base):
+    """What a tenant's webhooks are signed with. Kept as it is: a signature needs the secret itself."""
+
+    __tablename__ = "webhook_secrets"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(Text)
+    secret: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    expires_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+
+    __table_args__ = (Index("webhook_secrets_tenant", "tenant"),)
+
+
+class WebhookGone(Base):
+    """A URL that answered 410 Gone: nothing is sent there."""
+
+    __tablename__ = "webhook_gone"
+
+    tenant: Mapped[str] = mapped_column(Text, primary_key=True)
+    url: Mapped[str] = mapped_column(Text, primary_key=True)
+    since: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+
+
+class WebhookDelivery(Base):
+    """One event on its way to one receiver, written in the transaction that ended what it tells of."""
+
+    __tablename__ = "webhook_deliveries"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(Text)
+    type: Mapped[str] = mapped_column(Text)
+    object_id: Mapped[str] = mapped_column(Text)
+    url: Mapped[str] = mapped_column(Text)
+    body: Mapped[str] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(Text)
+    attempts: Mapped[int] = mapped_column(server_default=text("0"))
+    created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    next_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    ended_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    last_status: Mapped[int | None]
+    last_error: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'delivered', 'failed', 'disabled')", name="webhook_deliveries_status"),
+        Index("webhook_deliveries_due", "next_at", postgresql_where=text("status = 'pending'")),
+        Index("webhook_deliveries_tenant", "tenant", "created_at", "id"),
     )
 
 

@@ -94,7 +94,7 @@ def expire(cursor: Cursor) -> list[uuid.UUID]:
 
 
 def purge(cursor: Cursor, older_than_s: float, limit: int = 1000) -> int:
-    """Delete finished jobs older than that, results included; answers how many."""
+    """Delete finished jobs older than that, or than they were to get themselves, results included; answers how many."""
     cursor.execute(
         """
         DELETE FROM jobs WHERE id IN (SELECT id FROM jobs
@@ -103,4 +103,13 @@ def purge(cursor: Cursor, older_than_s: float, limit: int = 1000) -> int:
         """,
         (older_than_s, limit),
     )
-    return cursor.rowcount
+    removed = cursor.rowcount
+    cursor.execute(
+        """
+        DELETE FROM jobs WHERE id IN (SELECT id FROM jobs
+            WHERE result_ttl_s IS NOT NULL AND finished_at < clock_timestamp() - result_ttl_s * interval '1 s'
+              AND (reserved_tokens IS NULL OR is_settled) LIMIT %s)
+        """,
+        (limit,),
+    )
+    return removed + cursor.rowcount

@@ -14,11 +14,14 @@ from tasks.output import Output
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 MESSAGES = "/v1/messages"
+RESPONSES = "/v1/responses"
+"""Stored in the form of a chat completion, and shown as `tasks.response_object` says."""
 
 _ID_PREFIX = {
     CHAT: "chatcmpl-",
     COMPLETIONS: "cmpl-",
     MESSAGES: "msg_",
+    RESPONSES: "resp_",
     "/v1/embeddings": "embd-",
     "/v1/classify": "classify-",
     "/v1/rerank": "rerank-",

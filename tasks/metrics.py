@@ -36,6 +36,9 @@ TTFT_SECONDS = Histogram(
     buckets=_SECONDS,
 )  # fmt: skip
 TOKENS = Counter("switchyard_tokens_total", "Tokens, by direction.", ["backend", "model", "direction"])
+WEBHOOK_TRIES = Counter(
+    "switchyard_webhook_tries_total", "Attempts at webhook deliveries, by what came of them.", ["status"]
+)
 RECONCILER_ACTIONS = Counter("switchyard_reconciler_actions_total", "What the reconciler did.", ["action"])
 
 

@@ -20,12 +20,13 @@ import structlog
 
 import catalog
 import settings
-from db import accept, budgets, cache, flights, job_views, recovery, request_log, session, workers
+from db import accept, budgets, cache, flights, job_views, recovery, request_log, session, webhooks, workers
 from db.session import Cursor
 from tasks import inference, logs, metrics, router, server_settings, transport
 from tasks.call import Call
 from tasks.fair_share import Level
 from tasks.router import Load
+from tasks.webhooks import Deliverer
 
 log = structlog.get_logger()
 
@@ -147,6 +148,7 @@ def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheE
     """Evict from the cache, and delete what is past its time."""
     report.evicted = cache.evict(cursor, limits.max_bytes)
     report.purged = recovery.purge(cursor, config.result_ttl_s)
+    webhooks.purge(cursor, config.result_ttl_s)
     request_log.purge(cursor, config.result_ttl_s * 30)
     workers.forget(cursor, config.result_ttl_s)
     accept.forget_keys(cursor)
@@ -251,7 +253,7 @@ def main() -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await Reconciler().run(stop)
+        await asyncio.gather(Reconciler().run(stop), Deliverer(settings.load()).run(stop))
 
     asyncio.run(serve())
     return 0

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from tasks import responses_anthropic, responses_openai
 from tasks.call import Call
-from tasks.identity import CHAT, COMPLETIONS, MESSAGES, Identity, StoredChoice
+from tasks.identity import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Identity, StoredChoice
 from tasks.output import Output
 from tasks.stream import Event
 
@@ -40,6 +40,7 @@ _FAMILIES: Mapping[str, _Family] = {
     CHAT: responses_openai,
     COMPLETIONS: responses_openai,
     MESSAGES: responses_anthropic,
+    RESPONSES: responses_openai,
 }
 
 

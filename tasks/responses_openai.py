@@ -9,7 +9,7 @@ import orjson
 
 from tasks import tool_calls
 from tasks.call import Call
-from tasks.identity import CHAT, Identity, StoredChoice, frame, usage_of
+from tasks.identity import COMPLETIONS, Identity, StoredChoice, frame, usage_of
 from tasks.output import Output
 from tasks.stream import Event
 from tasks.tool_calls import ToolCall
@@ -20,7 +20,7 @@ DONE = b"data: [DONE]\n\n"
 def generated(identity: Identity, call: Call, outputs: Sequence[Output]) -> bytes:
     """A chat completion or text completion."""
     choices = [_choice(identity, call, index, output) for index, output in enumerate(outputs)]
-    kind = "chat.completion" if identity.endpoint == CHAT else "text_completion"
+    kind = "chat.completion" if identity.endpoint != COMPLETIONS else "text_completion"
     return orjson.dumps({**_head(identity, call, kind), "choices": choices, "usage": usage_of(call, outputs)})
 
 
@@ -30,7 +30,7 @@ def _head(identity: Identity, call: Call, kind: str) -> dict[str, Any]:
 
 
 def _choice(identity: Identity, call: Call, index: int, output: Output) -> dict[str, Any]:
-    is_chat = identity.endpoint == CHAT
+    is_chat = identity.endpoint != COMPLETIONS
     head = {"index": index, "finish_reason": output.finish_reason}
     logprobs = output.logprobs if call.params.get("logprobs") is not None else None
     if is_chat:
@@ -89,7 +89,7 @@ class Frames:
 
     def __init__(self, identity: Identity, call: Call) -> None:
         self._identity, self._call = identity, call
-        self._is_chat = identity.endpoint == CHAT
+        self._is_chat = identity.endpoint != COMPLETIONS
         self._head = _head(identity, call, "chat.completion.chunk" if self._is_chat else "text_completion")
         self._wants_logprobs = call.params.get("logprobs") is not None
         self._started: set[int] = set()

@@ -21,7 +21,17 @@ async def create_job(request: Request, caller: Caller) -> Response:
     return await job_answers.create(request, caller)
 
 
-@router.get("")
+_METADATA_FILTER = {
+    "name": "metadata",
+    "in": "query",
+    "style": "deepObject",
+    "explode": True,
+    "description": "Pairs that the jobs' metadata must have: `metadata[key]=value`.",
+    "schema": {"type": "object", "additionalProperties": {"type": "string", "maxLength": 512}},
+}
+
+
+@router.get("", openapi_extra={"parameters": [_METADATA_FILTER]})
 async def list_jobs(
     request: Request,
     caller: Caller,
@@ -31,8 +41,11 @@ async def list_jobs(
     after: UUID | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:
-    """The caller's jobs, newest first; `after` is the last id of the page before."""
-    wanted = Filter(tenant=caller.tenant, status=status, model=model, endpoint=endpoint, after=after, limit=limit)
+    """The caller's jobs, newest first; `after` is the last id of the page before, `metadata[key]=value` names a
+    pair that their metadata must have."""
+    metadata = job_answers.metadata_of(request)
+    wanted = Filter(tenant=caller.tenant, status=status, model=model, endpoint=endpoint, metadata=metadata,
+                    after=after, limit=limit)  # fmt: skip
     return await job_answers.page(request, wanted)
 
 
@@ -62,6 +75,12 @@ async def stream_job(
 async def cancel_job(request: Request, caller: Caller, job_id: UUID) -> Response:
     """Cancel the job, queued or running. Final."""
     return await job_answers.cancel(request, caller, job_id)
+
+
+@router.delete("/{job_id}")
+async def delete_job(request: Request, caller: Caller, job_id: UUID) -> Response:
+    """Remove a job that has ended, its answer, and the cache entry made of it."""
+    return await job_answers.delete(request, caller, job_id)
 
 
 @router.post("/retry", status_code=202)

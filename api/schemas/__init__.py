@@ -25,6 +25,7 @@ from api.schemas.fields import CallModel, WireModel
 from api.schemas.jobs import JobRequest
 from api.schemas.messages import CountTokensRequest, MessagesRequest
 from api.schemas.rerank import RerankRequest
+from api.schemas.responses import ResponseRequest
 from api.schemas.score import ScoreRequest
 from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from catalog import LimitsEntry
@@ -46,6 +47,7 @@ ENDPOINTS: Mapping[str, type[CallModel]] = {
 
 _OTHER_BODIES: Mapping[str, type[WireModel]] = {
     "/v1/jobs": JobRequest,
+    "/v1/responses": ResponseRequest,
     "/v1/tokenize": TokenizeRequest,
     "/v1/detokenize": DetokenizeRequest,
     "/admin/v1/keys": KeyRequest,
@@ -74,6 +76,8 @@ class JobSubmission:
     timeout_s: float | None = None
     deadline: float | None = None
     priority: str = "default"
+    webhook: dict[str, Any] | None = None
+    result_ttl_s: int | None = None
 
 
 def parse(endpoint: str, body: dict[str, Any], limits: LimitsEntry = _DEFAULT_LIMITS) -> Call:
@@ -91,7 +95,13 @@ def parse_job(body: dict[str, Any], limits: LimitsEntry = _DEFAULT_LIMITS) -> Jo
     except errors.APIError as error:
         raise type(error)(error.message, param=f"body.{error.param}" if error.param else "body") from None
     return JobSubmission(
-        call=call, metadata=job.metadata or {}, timeout_s=job.timeout_s, deadline=job.deadline, priority=job.priority
+        call=call,
+        metadata=job.metadata or {},
+        timeout_s=job.timeout_s,
+        deadline=job.deadline,
+        priority=job.priority,
+        webhook=job.webhook.kept() if job.webhook else None,
+        result_ttl_s=job.result_ttl_s,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from api.schemas.fields import Metadata, WireModel
+from api.schemas.webhooks import JobWebhook
 
 
 class JobRequest(WireModel):
@@ -25,6 +26,14 @@ class JobRequest(WireModel):
     body: dict[str, Any]
     metadata: Metadata | None = None
     priority: Literal["priority", "default", "flex"] = "default"
+    webhook: JobWebhook | None = None
+    result_ttl_s: (
+        Annotated[
+            int,
+            Field(ge=1, le=31_536_000, description="Seconds it is kept after its end, if the server's own are more."),
+        ]
+        | None
+    ) = None
     timeout_s: (
         Annotated[float, Field(gt=0, le=604_800, description="Seconds until the job expires if it has not ended.")]
         | None

@@ -83,8 +83,7 @@ class Sampling(CallModel):
 
     def params(self, logprobs: int | None) -> dict[str, Any]:
         """The `SamplingParams` fields that change something. JSON types only, in a fixed order."""
-        given = {} if logprobs is None else {"logprobs": logprobs}
-        return canonical({name: getattr(self, name) for name in self.model_fields_set & _SAMPLING_FIELDS}, given)
+        return given_params(self, logprobs)
 
     def tier(self) -> dict[str, str]:
         """The tier that was asked for by name. An answer says it, so requests of two tiers share no run."""
@@ -93,6 +92,12 @@ class Sampling(CallModel):
     def stops(self) -> list[str]:
         """Whichever matches first ends the text, so neither order nor repetition means anything."""
         return sorted(set(self.stop)) if self.stop else []
+
+
+def given_params(request: WireModel, logprobs: int | None) -> dict[str, Any]:
+    """The sampling fields of a request that change something."""
+    given = {} if logprobs is None else {"logprobs": logprobs}
+    return canonical({name: getattr(request, name) for name in request.model_fields_set & _SAMPLING_FIELDS}, given)
 
 
 def canonical(fields: Mapping[str, Any], given: dict[str, Any] | None = None) -> dict[str, Any]:

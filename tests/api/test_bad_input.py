@@ -7,6 +7,7 @@ import pytest
 
 from api import decoding, errors, schemas
 from api.schemas.messages import CountTokensRequest
+from api.schemas.responses import ResponseRequest
 from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from catalog import LimitsEntry
 
@@ -23,6 +24,7 @@ MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 JOBS = "/v1/jobs"
 TOKENIZE = "/v1/tokenize"
 DETOKENIZE = "/v1/detokenize"
+RESPONSES = "/v1/responses"
 
 VALID: dict[str, dict[str, Any]] = {
     CHAT: {"model": "m", "messages": [{"role": "user", "content": SECRET}]},
@@ -39,6 +41,7 @@ VALID: dict[str, dict[str, Any]] = {
     JOBS: {"endpoint": EMBEDDINGS, "body": {"model": "m", "input": SECRET}},
     TOKENIZE: {"model": "m", "prompt": SECRET},
     DETOKENIZE: {"model": "m", "tokens": [1]},
+    RESPONSES: {"model": "m", "input": SECRET},
 }
 MISSING = object()
 CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -56,6 +59,8 @@ def refusal(endpoint: str, body: bytes) -> errors.APIError:
             schemas.read(TokenizeRequest, decoded)
         elif endpoint == DETOKENIZE:
             schemas.read(DetokenizeRequest, decoded)
+        elif endpoint == RESPONSES:
+            schemas.read(ResponseRequest, decoded)
         else:
             schemas.parse(endpoint, decoded, LIMITS)
     return caught.value
@@ -322,6 +327,21 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     (JOBS, "timeout_s", SECRET, "validation_error", None),
     (JOBS, "metadata", {"k": 1}, "validation_error", None),
     (JOBS, "priority", 1, "validation_error", None),
+    *[(where, "webhook", value, code, param) for where in (JOBS, RESPONSES) for value, code, param in [
+        (SECRET, "validation_error", None), ({}, "validation_error", "webhook.url"),
+        ({"url": 7}, "validation_error", "webhook.url"), ({"url": ""}, "validation_error", "webhook.url"),
+        ({"url": "x" * 2049}, "validation_error", "webhook.url"),
+        ({"url": SECRET, SECRET: 1}, "unknown_field", "webhook"),
+        ({"url": SECRET, "events": []}, "validation_error", "webhook.events"),
+        ({"url": SECRET, "events": SECRET}, "validation_error", "webhook.events"),
+        ({"url": SECRET, "events": [SECRET]}, "validation_error", "webhook.events.0"),
+    ]],
+    (JOBS, "webhook", {"url": SECRET, "events": ["response.completed"]}, "validation_error", "webhook.events.0"),
+    (RESPONSES, "webhook", {"url": SECRET, "events": ["job.failed"]}, "validation_error", "webhook.events.0"),
+    (RESPONSES, "webhook", {"url": SECRET}, "validation_error", "webhook"),
+    (JOBS, "result_ttl_s", 0, "number_out_of_range", None),
+    (JOBS, "result_ttl_s", 31_536_001, "number_out_of_range", None),
+    (JOBS, "result_ttl_s", 1.5, "validation_error", None),
     (TOKENIZE, "prompt", MISSING, "validation_error", None),
     (TOKENIZE, "prompt", [SECRET], "validation_error", None),
     (TOKENIZE, "messages", message(), "validation_error", "prompt"),
@@ -331,6 +351,35 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     (DETOKENIZE, "tokens", SECRET, "validation_error", None),
     (DETOKENIZE, "tokens", [1, SECRET], "validation_error", "tokens.1"),
     (DETOKENIZE, "tokens", [-1], "number_out_of_range", "tokens.0"),
+    *[(RESPONSES, field, value, "validation_error", None) for field, value in [
+        ("input", MISSING), ("input", None), ("input", 7), ("input", []), ("input", [SECRET]), ("input", [None]),
+        ("input", [{"role": SECRET, "content": SECRET}]), ("input", [{"content": SECRET}]),
+        ("input", [{"role": "user"}]), ("input", [{"role": "user", "content": 7}]),
+        ("input", [{"role": "user", "content": []}]), ("input", [{"role": "user", "content": [SECRET]}]),
+        ("input", [{"role": "user", "content": [{"type": "input_text"}]}]),
+        ("input", [{"role": "user", "content": [{"type": "input_text", "text": SECRET, SECRET: 1}]}]),
+        ("input", [{"role": "user", "content": SECRET, SECRET: 1}]), ("input", [{"role": "user", "content": "x"}] * 2049),
+        ("instructions", 7), ("previous_response_id", SECRET), ("previous_response_id", "resp_" + "0" * 31),
+        ("previous_response_id", "resp_" + "g" * 32), ("background", 1), ("background", "true"), ("store", 0),
+        ("stream", 1), ("include", SECRET), ("metadata", {"k": 1}), ("metadata", [SECRET]),
+        ("user", "x" * 513), ("service_tier", "flex"), ("temperature", SECRET),
+    ]],
+    (RESPONSES, "include", [SECRET], "validation_error", "include.0"),
+    (RESPONSES, "text", {"format": {"type": SECRET}}, "validation_error", "text.format"),
+    (RESPONSES, "text", {"format": SECRET}, "validation_error", "text.format"),
+    (RESPONSES, "text", {"format": {"type": "json_object"}}, "unsupported_parameter", "text.format"),
+    (RESPONSES, "text", {"format": {"type": "json_schema", "schema": {SECRET: 1}}}, "unsupported_parameter",
+     "text.format"),
+    (RESPONSES, "text", {"verbosity": "low"}, "unsupported_parameter", "text.verbosity"),
+    *[(RESPONSES, field, value, "unsupported_parameter", None) for field, value in [
+        ("input", [{"type": "function_call", "name": SECRET}]), ("input", [{"type": "item_reference", "id": SECRET}]),
+        ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": SECRET}]}]),
+        ("tools", [{"type": "web_search"}]), ("tool_choice", "required"), ("conversation", SECRET), ("prompt", {"id": SECRET}),
+        ("reasoning", {"effort": "high"}), ("truncation", "auto"), ("max_tool_calls", 3), ("parallel_tool_calls", 1),
+    ]],
+    *[(RESPONSES, field, value, "number_out_of_range", None) for field, value in [
+        ("max_output_tokens", 0), ("temperature", 2.1), ("top_p", 0), ("top_logprobs", 21), ("top_logprobs", -1),
+    ]],
 ]  # fmt: skip
 
 
@@ -360,6 +409,8 @@ TOGETHER = [
     (COMPLETIONS, {"n": 2, "best_of": 3}, "unsupported_parameter", "best_of"),
     (COMPLETIONS, {"n": 2, "best_of": 1}, "unsupported_parameter", "best_of"),
     (COMPLETIONS, {"prompt": ["x"] * 200, "n": 16}, "validation_error", "prompt"),
+    (RESPONSES, {"background": True, "store": False}, "validation_error", "background"),
+    (RESPONSES, {"stream_options": {}}, "validation_error", "stream_options"),
     (TOKENIZE, {"prompt": None, "messages": message(), "add_special_tokens": True}, "validation_error",
      "add_special_tokens"),
 ]  # fmt: skip

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from db import accept, api_keys, budgets, flights, jobs, recovery, session, tenants
+from db import accept, api_keys, budgets, flights, jobs, recovery, removal, session, tenants
 from db.accept import Idempotency, Inserted, NewJob, Reserved
 from db.budgets import Refused
 from db.jobs import Claimed, Ended, Finished
+from db.models import JobStatus
 from db.session import Cursor
 from db.tenants import Limits
 from tests.db.test_jobs import new, worker
@@ -226,11 +227,32 @@ def test_an_unsettled_job_is_not_purged(cursor: Cursor) -> None:
     assert accounts(cursor) == {}
 
 
+def test_what_a_deleted_job_used_stays_spent(cursor: Cursor) -> None:
+    key_id = key(cursor, daily_tokens=100)
+    leader, follower = job(key_id, coalesce_key=KEY), job(key_id, coalesce_key=KEY)
+    budgets.insert(cursor, [leader, follower])
+    run(cursor, leader.id, completion=10)
+    assert removal.delete(cursor, [(leader.id, "t")]) == [JobStatus.SUCCEEDED]
+    (held,) = accounts(cursor).values()
+    assert held == (0, 0, 0, 13, 3 * 2 + 10 * 5), "and its heir, who did not run, has paid nothing"
+    assert removal.delete(cursor, [(follower.id, "t"), (leader.id, "t")]) == [JobStatus.SUCCEEDED, None]
+
+
+def test_an_unsettled_job_is_not_purged_before_its_own_time_either(cursor: Cursor) -> None:
+    one = job(key(cursor, daily_tokens=100), result_ttl_s=0)
+    budgets.insert(cursor, [one])
+    jobs.cancel(cursor, [(one.id, "t")])
+    assert recovery.purge(cursor, 3600) == 0
+    budgets.settle(cursor)
+    assert recovery.purge(cursor, 3600) == 1
+    assert accounts(cursor) == {}
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_happens_to_jobs_nothing_drifts(cursor: Cursor, seed: int) -> None:
     """Schedules of everything that moves a job, with dead workers, lost answers and repeated statements."""
     dice = random.Random(seed)
-    keys = [key(cursor, daily_tokens=400), key(cursor, "u", max_concurrent=3), key(cursor, "u")]
+    keys = [key(cursor, daily_tokens=400), key(cursor, "u", max_concurrent=2), key(cursor, "u")]
     tenants.change(cursor, "u", {"daily_cost_nano": 900})
     names = {keys[0]: "t", keys[1]: "u", keys[2]: "u"}
     sent: list[NewJob] = []

@@ -123,6 +123,15 @@ def test_an_idempotency_key_makes_one_job(stack: Stack) -> None:
         assert streamed.text() == body["prompt"]
 
 
+def test_what_the_gateway_decides_for_a_request_does_not_make_it_another(stack: Stack) -> None:
+    body = {"model": "auto", "prompt": str(uuid.uuid4())}
+    key = {"Idempotency-Key": str(uuid.uuid4())}
+    with stack.client() as client:
+        first, again = (client.post("/v1/completions", json=body, headers=key) for _ in range(2))
+    assert (again.status_code, again.content) == (200, first.content)
+    assert again.headers["idempotent-replayed"] == "true"
+
+
 def test_an_idempotency_key_belongs_to_its_api_key(stack: Stack) -> None:
     key, body = {"Idempotency-Key": "mine"}, completion(temperature=1.0)
     with stack.client() as client, stack.client(stack.create_key("another")) as other:

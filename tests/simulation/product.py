@@ -160,7 +160,7 @@ class Product:
         self.inference = _led_over(
             inference, asyncio=tasks, time=clock, log=silent, metrics=silent, Call=SimCall, _compute=compute,
             celery=SimpleNamespace(message=lambda job_id, task, backend, level: job_id),
-            responses=SimpleNamespace(usage_of=lambda call, outputs: {"prompt_tokens": 1, "completion_tokens": 1}),
+            usage_of=lambda call, outputs: {"prompt_tokens": 1, "completion_tokens": 1},
         )  # fmt: skip
         self.reconciler = _led_over(
             reconciler, job_views=Recorded(), recovery=Recorded(), flights=Recorded(), workers=Recorded(), log=silent

@@ -518,7 +518,8 @@ class SimStore:
         body, events = (None, None) if result is None else (result.body, result.events)
         return Outcome(row.status, body, events, row.error, row.usage, row.job.model, row.backend,
                        row.attempt, _ms(row.created_at, row.started_at),
-                       _ms(row.started_at, row.finished_at), _ms(row.started_at, row.first_token_at))  # fmt: skip
+                       _ms(row.started_at, row.finished_at), _ms(row.started_at, row.first_token_at),
+                       None if row.finished_at is None else int(row.finished_at))  # fmt: skip
 
     def _depth(self, rows: Sequence[JobRow]) -> Depth:
         queued = [row for row in rows if row.status is JobStatus.QUEUED]

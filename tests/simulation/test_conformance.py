@@ -136,8 +136,9 @@ def plain(value: Any, ahead_s: float = 0.0) -> Any:
         for name, field in fields.items():
             if name.endswith("_ms") and field is not None:
                 fields[name] = field / 1000
-        if "created" in fields:
-            fields["created"] = float(fields["created"]) - ahead_s
+        for name in ("created", "finished"):
+            if fields.get(name) is not None:
+                fields[name] = float(fields[name]) - ahead_s
         if "token" in fields:
             fields["token"] = fields["token"] / 1000 - ahead_s
         return fields

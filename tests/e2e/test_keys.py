@@ -94,6 +94,16 @@ def test_a_model_outside_the_scope_does_not_exist(stack: Stack, admin: httpx.Cli
                 response = client.post(path, json=body)
                 assert response.status_code == 404
                 assert response.json()["error"] == unknown
+            turns: dict[str, object] = {"model": name, "max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}
+            others: list[tuple[str, str, dict[str, object] | None]] = [
+                ("POST", "/v1/messages", turns),
+                ("POST", "/v1/messages/count_tokens", {"model": name, "messages": turns["messages"]}),
+                ("POST", "/v1/responses", {"model": name, "input": "x"}),
+                ("POST", "/embed", {"model": name, "inputs": "x"}),
+                ("GET", f"/info?model={name}", None),
+            ]
+            for method, path, asked in others:
+                assert client.request(method, path, json=asked).status_code == 404, path
         response = client.post("/v1/completions", json=COMPLETION | {"model": "auto"})
         assert error(response) == (503, "model_unavailable")
     with stack.client(asleep) as client:

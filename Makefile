@@ -39,7 +39,7 @@ logs: install ## Follow the logs of all processes, or of those whose name starts
 
 test: install-dev ## Run the tests against real servers and real small models
 	@$(RUN) -m local.models --all
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --reruns 1 $(ARGS)
 
 faults: install-dev ## Break a stack on purpose and check what was promised (12 min)
 	@$(RUN) -m tests.faults $(ARGS)

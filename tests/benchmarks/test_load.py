@@ -176,8 +176,9 @@ def test_first_token_is_timed_apart_from_the_whole() -> None:
 
     assert len(result.first_latencies) == 6
     assert result.first_ms(0.0) >= 30.0
-    both = zip(result.first_latencies, result.latencies, strict=True)
-    assert all(whole - first >= 0.02 for first, whole in both)
+    rests = [whole - first for first, whole in zip(result.first_latencies, result.latencies, strict=True)]
+    assert min(rests) > 0
+    assert max(rests) >= 0.02  # all but one may shrink: a reader that a busy machine held up finds both pieces at once
 
 
 def test_an_answer_in_pieces_is_one_answer() -> None:

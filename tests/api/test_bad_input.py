@@ -391,7 +391,7 @@ def test_wrong_value(endpoint: str, field: str, value: Any, code: str, param: st
     check(refusal(endpoint, json.dumps(body).encode()), code, (field if param is None else param) or None)
 
 
-TOGETHER = [
+TOGETHER: list[tuple[str, dict[str, Any], str, str | None]] = [
     (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "validation_error", "max_tokens"),
     (CHAT, {"max_tokens": 7, "max_completion_tokens": 6}, "validation_error", "max_tokens"),
     (CHAT, {"max_tokens": 5, "min_tokens": 6}, "validation_error", "min_tokens"),

@@ -129,7 +129,7 @@ def nobodys() -> Objects:
 
 
 def ask(client: httpx.Client, address: Address, objects: Objects) -> tuple[int, str, Any]:
-    body = {} if address.method == "PATCH" else None
+    body: dict[str, Any] | None = {} if address.method == "PATCH" else None
     response = client.request(address.method, address.path.format(**objects._asdict()), json=body)
     return response.status_code, response.headers["content-type"], response.json()
 

@@ -184,7 +184,10 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     (CHAT, "tools", [{"type": "function", "function": {"name": "f", "api_base": SECRET}}], "unknown_field",
      "tools.0.function.api_base"),
     (CHAT, "tool_choice", "required", "validation_error", None),
+    (CHAT, "tool_choice", {"type": "function", "function": {"name": "f"}, SECRET: 1}, "validation_error", None),
     (CHAT, "parallel_tool_calls", 1, "validation_error", None),
+    (MESSAGES, "messages", [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "i", SECRET: 1}]}],
+     "unknown_field", "messages.0.content.0.tool_result"),
     *[(MESSAGES, field, value, code, param) for field, value, code, param in [
         ("max_tokens", MISSING, "validation_error", None), ("max_tokens", 0, "number_out_of_range", None),
         ("messages", MISSING, "validation_error", None), ("messages", [], "validation_error", None),

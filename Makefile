@@ -9,7 +9,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev models up down status logs test faults faults-long mutants simulate check format bench clean
+.PHONY: help install install-dev models up down status logs test faults faults-long mutants simulate fuzz-api check format bench clean
 
 help: ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ mutants: install-dev ## Seed faults into the code and the history: the checker m
 
 simulate: install-dev ## Play schedules of crashes and losses through the core; ARGS, e.g. "--seeds 100000"
 	@$(RUN) -m tests.simulation $(ARGS)
+
+fuzz-api: install-dev ## Send requests made from the API's description, many of each (10 min)
+	SWITCHYARD_FUZZ_EXAMPLES=200 $(RUN) -m pytest tests/e2e/test_openapi.py $(ARGS)
 
 check: install-dev ## Check format, lint, types and the direction of imports
 	$(RUN) -m ruff format --check .

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 import settings
-from api import error_forms, errors
+from api import description, error_forms, errors
 from api.auth import Keys
 from api.gateway import Gateway
 from api.request_log import RequestLog
@@ -35,4 +35,5 @@ def create_app() -> FastAPI:
         app.include_router(more)
     errors.install(app, error_forms.FORMS)
     app.add_middleware(RequestLog)
+    description.install(app)
     return app

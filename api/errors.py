@@ -87,6 +87,14 @@ class PayloadTooLarge(InvalidRequest):
     status, code, default = 413, "payload_too_large", "The body is too large."
 
 
+class InvalidHTTP(InvalidRequest):
+    code, default = "invalid_http", "The request is not valid HTTP/1.1."
+
+
+class HeadersTooLarge(InvalidRequest):
+    status, code, default = 431, "headers_too_large", "The request's line and headers are too large or too many."
+
+
 class UnsupportedMediaType(InvalidRequest):
     status, code, default = 415, "unsupported_media_type", "Content-Type must be application/json (UTF-8)."
 

@@ -8,6 +8,7 @@ import uvicorn
 
 import settings
 from api.app import create_app
+from api.framing import Framing
 from tasks import logs, server_settings
 
 _LAST_WORDS_S = 2.0
@@ -44,7 +45,7 @@ def main() -> int:
         uvicorn.Config(
             create_app(),
             loop="uvloop",
-            http="httptools",
+            http=Framing,
             ws="none",
             log_config=None,
             access_log=False,

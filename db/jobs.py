@@ -58,7 +58,8 @@ _IS_SUSPECT = """
 
 def claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | Suspect | None]:
     """Take queued jobs for a worker: (job id, worker id) → the job; Suspect where only `claim_alone` gets it;
-    None if it is not to be had (a repeated message, a cancelled job, or this worker was declared dead)."""
+    None if it is not to be had (a repeated message, a cancelled job, one of another backend, or this worker was
+    declared dead)."""
     claimed = _claim(cursor, wanted, f"NOT ({_IS_SUSPECT})")
     missing = [job_id for job_id, _ in wanted if job_id not in claimed]
     suspects: set[uuid.UUID] = set()
@@ -85,8 +86,8 @@ def _claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]], condition: s
             started_at = clock_timestamp(), first_token_at = NULL
         WHERE id IN (SELECT id FROM jobs WHERE id = ANY(%(ids)s) AND status = 'queued' AND leader_id IS NULL
                      AND (deadline_at IS NULL OR deadline_at > clock_timestamp()) AND {condition}
+                     AND backend = (SELECT w.backend FROM workers w WHERE w.id = %(worker)s AND w.state <> 'dead')
                      ORDER BY id FOR UPDATE)
-          AND EXISTS (SELECT FROM workers w WHERE w.id = %(worker)s AND w.state <> 'dead')
         RETURNING id, attempt, payload, is_stream, backend, task, extract(epoch FROM created_at)::int,
                   extract(epoch FROM started_at - created_at)::float8 * 1000, jsonb_array_length(attempts),
                   coalesce(flight_id, id), (extract(epoch FROM started_at) * 1000)::bigint

@@ -64,6 +64,9 @@ _POSTGRES_SETTINGS = {
     "log_timezone": "UTC",
     "log_checkpoints": "off",
     "logging_collector": "off",
+    # A statement that fails, and the row it fails of, hold what callers said.
+    "log_min_error_statement": "panic",
+    "log_error_verbosity": "terse",
 }
 
 

@@ -180,6 +180,8 @@ def decode(data: bytes) -> Batch:
 
 
 def _event(seq: int, choice: int, piece: dict[str, Any] | None, status: str | None) -> Event:
+    if type(seq) is not int:
+        raise ValueError("not an event of ours")
     if piece is None:
         return Event(seq, choice, None, status)
     return Event(seq, choice, Piece(**{**piece, "token_ids": tuple(piece["token_ids"])}), status)
@@ -352,7 +354,7 @@ class Subscriber:
                 while True:
                     message = await self._pubsub.get_message(timeout=5.0)
                     if message is not None:
-                        self._receive(message)
+                        self._receive_ours(message)
             except transport.DOWN as error:
                 log.warning("subscriber.retry", error=type(error).__name__)
                 for readers in self._readers.values():
@@ -360,6 +362,13 @@ class Subscriber:
                         reader.is_stale = True
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 1.0)
+
+    def _receive_ours(self, message: dict[str, Any]) -> None:
+        try:
+            self._receive(message)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # Everyone else here goes on hearing the news, whoever wrote what cannot be read.
+            log.error("message.malformed", error=type(error).__name__)
 
     def _receive(self, message: dict[str, Any]) -> None:
         channel: bytes = message["channel"]

@@ -257,8 +257,8 @@ class Worker:
                 pause = 0.1
                 while True:
                     message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=5.0)
-                    for job_id in orjson.loads(message["data"]) if message else ():
-                        if run := self._runs.get(uuid.UUID(job_id)):
+                    for job_id in _named(message["data"]) if message else ():
+                        if run := self._runs.get(job_id):
                             self._stop(run)
             except transport.DOWN as error:
                 log.warning("listen.retry", error=type(error).__name__)
@@ -267,6 +267,15 @@ class Worker:
             finally:
                 with contextlib.suppress(*transport.DOWN):
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+
+def _named(data: bytes) -> list[uuid.UUID]:
+    """The jobs that a message on the stop channel names; none where it is not one of ours."""
+    try:
+        return [uuid.UUID(job_id) for job_id in orjson.loads(data)]
+    except (ValueError, TypeError, AttributeError) as error:
+        log.error("message.malformed", channel=transport.STOP_CHANNEL, error=type(error).__name__)
+        return []
 
 
 def _land(cursor: session.Cursor, leaders: Sequence[uuid.UUID]) -> list[list[tuple[str, str]]]:

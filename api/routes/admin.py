@@ -6,6 +6,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from api import admin_answers, auth, schemas
+from api.routes import parameters
 from api.schemas.admin import TENANT
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[Depends(auth.authenticate_admin)])
@@ -20,7 +21,7 @@ async def create_key(request: Request) -> Response:
 
 
 @router.get("/keys")
-async def list_keys(request: Request, tenant: Annotated[str | None, Query(max_length=64)] = None) -> Response:
+async def list_keys(request: Request, tenant: Annotated[str | None, parameters.text(64)] = None) -> Response:
     """Every key, or a tenant's, newest first."""
     return await admin_answers.list_keys(request, tenant)
 

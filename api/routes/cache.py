@@ -2,9 +2,10 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from api import auth, cache_answers
+from api.routes import parameters
 from db.api_keys import ApiKey
 
 router = APIRouter(prefix="/v1/cache", tags=["cache"])
@@ -20,7 +21,7 @@ async def get_cache_stats(request: Request, caller: Caller) -> Response:
 
 @router.delete("")
 async def purge_cache(
-    request: Request, caller: Caller, model: Annotated[str | None, Query(max_length=256)] = None
+    request: Request, caller: Caller, model: Annotated[str | None, parameters.text(256)] = None
 ) -> Response:
     """Remove a model's entries, or all."""
     return await cache_answers.purge(request, caller, None, model)

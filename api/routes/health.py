@@ -4,6 +4,7 @@ from typing import Annotated
 
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from api import auth, metrics
 from api.gateway import Gateway
@@ -28,7 +29,7 @@ async def readyz(request: Request) -> Response:
     return Response(body, 200 if is_ready else 503, media_type="application/json")
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def prometheus(request: Request, caller: Annotated[ApiKey, Depends(auth.authenticate)]) -> Response:
     """Prometheus's text format."""
     gateway: Gateway = request.app.state.gateway

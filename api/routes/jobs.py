@@ -6,6 +6,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from api import auth, job_answers, schemas
+from api.routes import parameters
 from db.api_keys import ApiKey
 from db.job_views import DeadLetters, Filter
 
@@ -36,8 +37,8 @@ async def list_jobs(
     request: Request,
     caller: Caller,
     status: Status | None = None,
-    model: Annotated[str | None, Query(max_length=256)] = None,
-    endpoint: Annotated[str | None, Query(max_length=64)] = None,
+    model: Annotated[str | None, parameters.text(256)] = None,
+    endpoint: Annotated[str | None, parameters.text(64)] = None,
     after: UUID | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:
@@ -87,8 +88,8 @@ async def delete_job(request: Request, caller: Caller, job_id: UUID) -> Response
 async def retry_jobs(
     request: Request,
     caller: Caller,
-    model: Annotated[str | None, Query(max_length=256)] = None,
-    code: Annotated[str | None, Query(max_length=64)] = None,
+    model: Annotated[str | None, parameters.text(256)] = None,
+    code: Annotated[str | None, parameters.text(64)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
 ) -> Response:
     """Queue the caller's failed jobs again: all, or those of a model or an error code. The oldest first."""

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from api import auth, response_answers, schemas
+from api.routes import parameters
 from db.api_keys import ApiKey
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"])
@@ -49,7 +50,7 @@ async def list_input_items(
     request: Request,
     caller: Caller,
     response_id: str,
-    after: Annotated[str | None, Query(max_length=64)] = None,
+    after: Annotated[str | None, parameters.text(64)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:

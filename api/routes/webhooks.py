@@ -6,6 +6,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from api import auth, webhook_answers
+from api.routes import parameters
 from db.api_keys import ApiKey
 from db.webhooks import Filter
 
@@ -32,7 +33,7 @@ async def list_deliveries(
     request: Request,
     caller: Caller,
     status: Status | None = None,
-    object_id: Annotated[str | None, Query(max_length=128)] = None,
+    object_id: Annotated[str | None, parameters.text(128)] = None,
     after: UUID | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:

@@ -146,11 +146,13 @@ def _without_idle_fields(
         if problem["type"] != "extra_forbidden":
             continue
         *path, name = problem["loc"]
+        idle_values = model.no_effect.get(_path(problem["loc"]))
+        if not idle_values:  # also where the path names a member of a union, which the body does not
+            continue
         holder: Any = cleaned
         for part in path:
             holder = holder[part]
-        idle_values = model.no_effect.get(_path(problem["loc"]))
-        if idle_values and any(type(holder[name]) is type(idle) and holder[name] == idle for idle in idle_values):
+        if any(type(holder[name]) is type(idle) and holder[name] == idle for idle in idle_values):
             del holder[name]
     return cleaned
 

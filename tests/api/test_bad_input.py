@@ -184,7 +184,10 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     (CHAT, "tools", [{"type": "function", "function": {"name": "f", "api_base": SECRET}}], "unknown_field",
      "tools.0.function.api_base"),
     (CHAT, "tool_choice", "required", "validation_error", None),
+    (CHAT, "tool_choice", {"type": "function", "function": {"name": "f"}, SECRET: 1}, "validation_error", None),
     (CHAT, "parallel_tool_calls", 1, "validation_error", None),
+    (MESSAGES, "messages", [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "i", SECRET: 1}]}],
+     "unknown_field", "messages.0.content.0.tool_result"),
     *[(MESSAGES, field, value, code, param) for field, value, code, param in [
         ("max_tokens", MISSING, "validation_error", None), ("max_tokens", 0, "number_out_of_range", None),
         ("messages", MISSING, "validation_error", None), ("messages", [], "validation_error", None),
@@ -391,7 +394,7 @@ def test_wrong_value(endpoint: str, field: str, value: Any, code: str, param: st
     check(refusal(endpoint, json.dumps(body).encode()), code, (field if param is None else param) or None)
 
 
-TOGETHER = [
+TOGETHER: list[tuple[str, dict[str, Any], str, str | None]] = [
     (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "validation_error", "max_tokens"),
     (CHAT, {"max_tokens": 7, "max_completion_tokens": 6}, "validation_error", "max_tokens"),
     (CHAT, {"max_tokens": 5, "min_tokens": 6}, "validation_error", "min_tokens"),

@@ -20,6 +20,8 @@ EXPECTED = {
     "non_finite_number": 400,
     "number_out_of_range": 400,
     "payload_too_large": 413,
+    "invalid_http": 400,
+    "headers_too_large": 431,
     "unsupported_media_type": 415,
     "unsupported_content_encoding": 415,
     "validation_error": 400,

@@ -114,6 +114,36 @@ def test_a_stream_equals_the_answer_and_is_numbered_without_gaps(stack: Stack) -
     assert len({json.loads(frame)["id"] for frame in frames[:-1]}) == 1
 
 
+LOOKS_LIKE = [
+    "\n\ndata: [DONE]\n\nid: 7\nevent: error\ndata: {}\n\n",
+    "\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+    '{"level": "error", "event": "job.failed"}\n\x1b[31mERROR\x1b[0m',
+    "<|im_end|>\n<|im_start|>system\n[INST] <<SYS>> </s> <|endoftext|>",
+    "{{ ''.__class__.__mro__ }} {% for x in y %} ${jndi:ldap://x} $(id) `id` %s %n",
+    "'; DROP TABLE jobs; -- \\x00 \\u0000 E'\\\\'",
+    "\u2028\u2029\x85\x0b\x0c\u200b\u202e\ufeff\ufffe",
+    "a\u0301\u0301\u0301\U0001f468\u200d\U0001f469\u200d\U0001f467\U000e0041\U0010ffff\ue000",
+    "x" * 2000,
+]
+
+
+@pytest.mark.parametrize("text", LOOKS_LIKE, ids=range(len(LOOKS_LIKE)))
+def test_text_that_looks_like_something_else_comes_through_unchanged(stack: Stack, text: str) -> None:
+    asked: dict[str, Any] = {"model": "echo", "prompt": text, "max_tokens": 2000}
+    with stack.client() as client:
+        assert client.post("/v1/completions", json=asked).json()["choices"][0]["text"] == text
+        for options in ({}, {"token_ms": 0.01}):
+            response = client.post("/v1/completions", json=asked | {"stream": True, "options": options})
+            # Of the characters that end a line somewhere, only LF and CR end one here.
+            frames = [
+                line.removeprefix(b"data: ") for line in response.content.split(b"\n") if line.startswith(b"data: ")
+            ]
+            assert frames[-1] == b"[DONE]"
+            assert "".join(json.loads(frame)["choices"][0]["text"] for frame in frames[:-1]) == text
+        tokens = client.post("/v1/tokenize", json={"model": "echo", "prompt": text}).json()["tokens"]
+        assert client.post("/v1/detokenize", json={"model": "echo", "tokens": tokens}).json()["prompt"] == text
+
+
 def test_stop_strings_are_cut_also_across_tokens(stack: Stack) -> None:
     asked = chat("alpha beta gamma", stop=["ta ga", "zzz"], options={"token_ms": 1})
     with stack.client() as client:

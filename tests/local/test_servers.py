@@ -64,6 +64,20 @@ def test_both_want_their_password(pair: tuple[servers.Server, servers.Server]) -
         ping(valkey.url.replace(valkey.spec.password, "wrong"))
 
 
+def test_the_log_of_a_failed_statement_holds_nothing_of_it(pair: tuple[servers.Server, servers.Server]) -> None:
+    postgres, _ = pair
+    for sql in (
+        "SELECT 'canary', 1 / 0",
+        "CREATE TEMP TABLE t (a text UNIQUE); INSERT INTO t VALUES ('canary'), ('canary')",
+    ):
+        with pytest.raises(psycopg2.Error):
+            query(postgres.url, sql)
+    logged = postgres.log.read_text()
+    assert "division by zero" in logged
+    assert "duplicate key" in logged
+    assert "canary" not in logged
+
+
 def test_passwords_are_in_private_files_and_on_no_command_line(pair: tuple[servers.Server, servers.Server]) -> None:
     for server in pair:
         assert not any(server.spec.password in part for part in psutil.Process(server.process.pid).cmdline())

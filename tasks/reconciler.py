@@ -20,7 +20,7 @@ import structlog
 
 import catalog
 import settings
-from db import accept, cache, flights, job_views, recovery, request_log, session, workers
+from db import accept, cache, files, flights, job_views, recovery, request_log, session, workers
 from db.session import Cursor
 from tasks import inference, logs, metrics, router, server_settings, transport
 from tasks.call import Call
@@ -145,6 +145,7 @@ def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheE
     request_log.purge(cursor, config.result_ttl_s * 30)
     workers.forget(cursor, config.result_ttl_s)
     accept.forget_keys(cursor)
+    files.purge(cursor)
 
 
 class Reconciler:

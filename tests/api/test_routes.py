@@ -21,7 +21,7 @@ ROUTES = [
 
 
 def concrete(path: str) -> str:
-    return re.sub(r"\{(job_id|key|model)\}", "01a20979-8744-7650-870c-0098b145d576", path)
+    return re.sub(r"\{(job_id|key|model|file_id|batch_id)\}", "01a20979-8744-7650-870c-0098b145d576", path)
 
 
 @pytest.mark.e2e

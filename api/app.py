@@ -8,10 +8,11 @@ from fastapi import FastAPI
 import settings
 from api import errors
 from api.auth import Keys
+from api.batch_answers import Batches
 from api.files import Files
 from api.gateway import Gateway
 from api.request_log import RequestLog
-from api.routes import cache, files, health, inference, jobs, models
+from api.routes import batches, cache, files, health, inference, jobs, models
 
 VERSION = "0.1.0"
 
@@ -23,7 +24,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.keys = Keys(config.database_url)
     app.state.gateway = Gateway(config)
     app.state.files = Files(config.database_url)
+    app.state.batches = Batches(config.database_url)
     yield
+    await app.state.batches.close()
     await app.state.files.close()
     await app.state.gateway.close()
     await app.state.keys.close()
@@ -32,7 +35,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app() -> FastAPI:
     """The ASGI application of one gateway process."""
     app = FastAPI(title="Switchyard", version=VERSION, lifespan=_lifespan, docs_url="/docs", redoc_url=None)
-    for family in (inference, jobs, files, models, cache, health):
+    for family in (inference, jobs, files, batches, models, cache, health):
         app.include_router(family.router)
     errors.install(app)
     app.add_middleware(RequestLog)

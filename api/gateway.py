@@ -342,7 +342,7 @@ class Gateway:
                  plan: CachePlan, keys: dict[str, bytes], timings: dict[str, float]) -> NewJob:  # fmt: skip
         assert decision.chosen is not None
         return NewJob(
-            id=ids.uuid7(),
+            id=wish.job_id or ids.uuid7(),
             tenant=caller.tenant,
             api_key_id=caller.id,
             request_id=request_id,

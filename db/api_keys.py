@@ -70,6 +70,13 @@ def verify(cursor: Cursor, hashes: Sequence[bytes]) -> list[ApiKey | None]:
     return [found.get(value) for value in hashes]
 
 
+def by_id(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[ApiKey | None]:
+    """The key with each id, living or not."""
+    cursor.execute(f"SELECT {_COLUMNS} FROM api_keys WHERE id = ANY(%s)", (list(ids),))  # noqa: S608
+    found = {row[0]: ApiKey(*row) for row in cursor.fetchall()}
+    return [found.get(key_id) for key_id in ids]
+
+
 def find(cursor: Cursor) -> list[ApiKey]:
     """Every key, newest first."""
     cursor.execute(f"SELECT {_COLUMNS} FROM api_keys ORDER BY created_at DESC")  # noqa: S608

@@ -20,7 +20,7 @@ import structlog
 
 import catalog
 import settings
-from db import accept, cache, files, flights, job_views, recovery, request_log, session, workers
+from db import accept, batches, cache, files, flights, job_views, recovery, request_log, session, workers
 from db.session import Cursor
 from tasks import inference, logs, metrics, router, server_settings, transport
 from tasks.call import Call
@@ -146,6 +146,7 @@ def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheE
     workers.forget(cursor, config.result_ttl_s)
     accept.forget_keys(cursor)
     files.purge(cursor)
+    batches.purge(cursor)
 
 
 class Reconciler:

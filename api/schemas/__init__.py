@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from api import errors
+from api.schemas.batches import BatchRequest
 from api.schemas.chat import ChatRequest
 from api.schemas.classify import ClassifyRequest
 from api.schemas.completions import CompletionRequest
@@ -37,6 +38,7 @@ ENDPOINTS: Mapping[str, type[CallModel]] = {
 
 _OTHER_BODIES: Mapping[str, type[WireModel]] = {
     "/v1/jobs": JobRequest,
+    "/v1/batches": BatchRequest,
     "/v1/tokenize": TokenizeRequest,
     "/v1/detokenize": DetokenizeRequest,
 }

@@ -412,7 +412,7 @@ class Gateway:
         assert decision.chosen is not None
         price = self.catalog.models[call.model].entry.price
         return NewJob(
-            id=ids.uuid7(),
+            id=wish.job_id or ids.uuid7(),
             tenant=caller.tenant,
             api_key_id=caller.id,
             request_id=request_id,

@@ -1,0 +1,332 @@
+"""Batches with OpenAI's own client, over real processes."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types import Batch
+
+from tests.conftest import running
+from tests.stack import Stack
+
+pytestmark = pytest.mark.e2e
+
+CONFIG = """
+backends:
+  echo: {runtime: echo, concurrency: 64}
+  slow: {runtime: echo, concurrency: 4}
+  nobody: {runtime: echo}
+models:
+  echo: {path: echo, backends: [echo], context_length: 4096}
+  slow: {path: echo, backends: [slow], context_length: 4096, auto: false}
+  away: {path: echo, backends: [nobody], auto: false}
+limits: {body_bytes: 4096, batch_lines: 200}
+"""
+FINAL = {"completed", "failed", "expired", "cancelled"}
+
+
+@pytest.fixture(scope="module")
+def stack(server_urls: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    for made in running(server_urls, tmp_path_factory.mktemp("batches"), CONFIG, ["echo"]):
+        made.start_worker("slow", slots=4)
+        made.start_batcher()
+        yield made
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.secret, max_retries=0) as made:
+        yield made
+
+
+def line(number: int, endpoint: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+    asked = {"model": "echo", "prompt": f"line {number}"} | body
+    return {"custom_id": f"id-{number}", "method": "POST", "url": endpoint, "body": asked}
+
+
+def start(client: openai.OpenAI, lines: list[Any] | bytes, endpoint: Any = "/v1/completions", **fields: Any) -> Batch:
+    content = lines if isinstance(lines, bytes) else "\n".join(map(json.dumps, lines)).encode()
+    file = client.files.create(file=("input.jsonl", content), purpose="batch")
+    window: Any = fields.pop("completion_window", "24h")
+    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window=window, **fields)
+
+
+def finish(client: openai.OpenAI, batch: Batch, within_s: float = 60) -> Batch:
+    deadline = time.monotonic() + within_s
+    while batch.status not in FINAL:
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.1)
+        batch = client.batches.retrieve(batch.id)
+    return batch
+
+
+def read(client: openai.OpenAI, file_id: str | None) -> dict[str, Any]:
+    """The lines of an output file by custom_id, each there once."""
+    if file_id is None:
+        return {}
+    lines = [json.loads(text) for text in client.files.content(file_id).text.splitlines()]
+    found = {one["custom_id"]: one for one in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def counts(batch: Batch) -> tuple[int, int, int]:
+    assert batch.request_counts is not None
+    return batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed
+
+
+def test_a_batch_from_file_to_file(client: openai.OpenAI) -> None:
+    made = start(client, [line(n) for n in range(100)], metadata={"job": "nightly"})
+    assert (made.object, made.status, made.endpoint, made.completion_window) == (
+        "batch", "validating", "/v1/completions", "24h",
+    )  # fmt: skip
+    assert made.expires_at == made.created_at + 86_400
+    assert (made.output_file_id, made.error_file_id, made.errors, counts(made)) == (None, None, None, (0, 0, 0))
+    done = finish(client, made)
+    assert (done.status, counts(done), done.error_file_id, done.model) == ("completed", (100, 100, 0), None, "echo")
+    assert done.metadata == {"job": "nightly"}
+    assert done.created_at <= done.in_progress_at <= done.finalizing_at <= done.completed_at  # type: ignore[operator]
+    assert (done.failed_at, done.expired_at, done.cancelling_at, done.cancelled_at) == (None,) * 4
+    output = read(client, done.output_file_id)
+    assert set(output) == {f"id-{n}" for n in range(100)}
+    answer = output["id-7"]
+    assert set(answer) == {"id", "custom_id", "response", "error"}
+    assert (answer["error"], answer["response"]["status_code"]) == (None, 200)
+    assert answer["id"] == answer["response"]["request_id"]
+    assert answer["id"].startswith("batch_req_")
+    assert answer["response"]["body"]["choices"][0]["text"] == "line 7"
+    spent = [one["response"]["body"]["usage"] for one in output.values()]
+    assert done.usage is not None
+    assert done.usage.input_tokens == sum(one["prompt_tokens"] for one in spent)
+    assert done.usage.output_tokens == sum(one["completion_tokens"] for one in spent)
+    assert done.usage.total_tokens == sum(one["total_tokens"] for one in spent)
+    file = client.files.retrieve(done.output_file_id or "")
+    assert (file.purpose, file.filename) == ("batch_output", f"{done.id}_output.jsonl")
+    assert file.expires_at == file.created_at + 2_592_000
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "key"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "choices"),
+        ("/v1/completions", {"prompt": "x"}, "choices"),
+        ("/v1/embeddings", {"input": ["x", "y"]}, "data"),
+        ("/v1/classify", {"input": "x"}, "data"),
+        ("/v1/rerank", {"query": "x", "documents": ["x", "y"]}, "results"),
+    ],
+)
+def test_every_inference_endpoint(client: openai.OpenAI, endpoint: str, body: dict[str, Any], key: str) -> None:
+    asked = {"custom_id": "a", "method": "POST", "url": endpoint, "body": {"model": "auto"} | body}
+    done = finish(
+        client, start(client, [asked], endpoint, output_expires_after={"anchor": "created_at", "seconds": 7200})
+    )
+    assert (done.status, counts(done), done.model) == ("completed", (1, 1, 0), "auto")
+    assert read(client, done.output_file_id)["a"]["response"]["body"][key]
+    file = client.files.retrieve(done.output_file_id or "")
+    assert file.expires_at == file.created_at + 7200
+
+
+def test_lines_that_fail_stand_in_the_error_file(client: openai.OpenAI) -> None:
+    lines = [
+        line(1),
+        line(2, prompt=""),
+        line(3, no_such_field=1),
+        line(4, stream=True),
+        line(5, options={"fail": "error"}),
+        line(6, prompt="x" * 5, max_tokens=5000),
+        line(7, model="slow"),
+    ]
+    done = finish(client, start(client, lines))
+    assert (done.status, counts(done), done.model) == ("completed", (7, 2, 5), None)
+    assert set(read(client, done.output_file_id)) == {"id-1", "id-7"}
+    failures = read(client, done.error_file_id)
+    assert {name: (one["response"]["status_code"], one["response"]["body"]["error"]["code"])
+            for name, one in failures.items()} == {
+        "id-2": (400, "invalid_prompt"), "id-3": (400, "unknown_field"), "id-4": (400, "unsupported_parameter"),
+        "id-5": (502, "attempts_exhausted"), "id-6": (400, "context_length_exceeded"),
+    }  # fmt: skip
+
+
+def good(n: int) -> bytes:
+    return json.dumps(line(n)).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"MARKER", [("invalid_json_line", None, 1)]),
+        (good(1) + b"\n{]\n\n" + good(2)[:-1], [("invalid_json_line", None, 2), ("invalid_json_line", None, 4)]),
+        (b"[]\n" + b'"MARKER"\n7\nnull', [("invalid_json_line", None, n) for n in (1, 2, 3, 4)]),
+        (b"\x00\xff\xfe\x89PNG\r\n\x1a\n", [("invalid_encoding", None, 1), ("invalid_json_line", None, 2)]),
+        (b"\xef\xbb\xbf" + good(1), [("invalid_encoding", None, 1)]),
+        (good(1) + b"\n" + good(2) + b"\n" + good(1), [("duplicate_custom_id", "custom_id", 3)]),
+        (b"\n \n", [("empty_file", None, None)]),
+        (b"\n".join(map(good, range(201))), [("too_many_tasks", None, None)]),
+        (good(1) + b"\n" + json.dumps(line(2, prompt="x" * 9000)).encode() + b"\n{}",
+         [("line_too_long", None, 2), ("missing_required_parameter", "custom_id", 3)]),
+        (b'{"custom_id":"a","custom_id":"b"}', [("duplicate_key", None, 1)]),
+        (b'{"custom_id":"a","x":' + b"[" * 50 + b"]" * 50 + b"}", [("json_too_deep", None, 1)]),
+        *[(json.dumps({k: v for k, v in line(1).items() if k != name}).encode(),
+           [("missing_required_parameter", name, 1)]) for name in ("custom_id", "method", "url", "body")],
+        *[(json.dumps(line(1) | change).encode(), [(code, param, 1)]) for change, code, param in (
+            ({"method": "GET"}, "invalid_method", "method"),
+            ({"url": "/v1/embeddings"}, "invalid_url", "url"),
+            ({"url": "http://MARKER/v1/completions"}, "invalid_url", "url"),
+            ({"custom_id": ""}, "invalid_custom_id", "custom_id"),
+            ({"custom_id": 7}, "invalid_custom_id", "custom_id"),
+            ({"custom_id": "x" * 513}, "invalid_custom_id", "custom_id"),
+            ({"body": "MARKER"}, "invalid_request", "body"),
+            ({"body": {}}, "missing_required_parameter", "body.model"),
+            ({"body": {"model": 7}}, "missing_required_parameter", "body.model"),
+            ({"body": {"model": "MARKER"}}, "model_not_found", "body.model"),
+            ({"MARKER": 1}, "unknown_field", None),
+        )],
+    ],
+)  # fmt: skip
+def test_a_bad_input_fails_with_the_lines_that_are_wrong(
+    client: openai.OpenAI, stack: Stack, content: bytes, wanted: list[tuple[str, str | None, int | None]]
+) -> None:
+    before = stack.query("SELECT count(*) FROM jobs")
+    done = finish(client, start(client, content))
+    assert done.status == "failed"
+    assert done.errors is not None
+    assert [(one.code, one.param, one.line) for one in done.errors.data or []] == wanted
+    assert "MARKER" not in done.model_dump_json()
+    assert (counts(done), done.output_file_id, done.error_file_id) == ((0, 0, 0), None, None)
+    assert (done.failed_at, done.in_progress_at) != (None, None)
+    assert stack.query("SELECT count(*) FROM jobs") == before
+    assert stack.query("SELECT count(*) FROM batch_items") == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code", "param"),
+    [
+        ({"input_file_id": "file-" + "0" * 32}, 404, "file_not_found", "input_file_id"),
+        ({"input_file_id": "MARKER"}, 404, "file_not_found", "input_file_id"),
+        ({"input_file_id": 7}, 400, "validation_error", "input_file_id"),
+        ({"endpoint": "/v1/MARKER"}, 400, "validation_error", "endpoint"),
+        ({"endpoint": "/v1/tokenize"}, 400, "validation_error", "endpoint"),
+        ({"endpoint": None}, 400, "validation_error", "endpoint"),
+        ({"completion_window": "1d"}, 400, "validation_error", "completion_window"),
+        ({"metadata": {"a": 1}}, 400, "validation_error", "metadata"),
+        ({"MARKER": 1}, 400, "unknown_field", "MARKER"),
+    ],
+)  # fmt: skip
+def test_bad_batches_are_refused(
+    client: openai.OpenAI, stack: Stack, change: dict[str, Any], status: int, code: str, param: str
+) -> None:
+    file = client.files.create(file=("x", b"1"), purpose="batch")
+    body = {"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"} | change
+    with stack.client() as raw:
+        response = raw.post("/v1/batches", json={name: value for name, value in body.items() if value is not None})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (status, code, param)
+    assert "MARKER" not in error["message"]
+    client.files.delete(file.id)
+
+
+def test_a_strangers_batch_is_unknown(client: openai.OpenAI, stack: Stack) -> None:
+    made = start(client, [line(1)])
+    with stack.client(stack.create_key("stranger")) as other:
+        unknown = other.get("/v1/batches/batch_" + "0" * 32)
+        assert unknown.json()["error"]["code"] == "batch_not_found"
+        for path in (f"/v1/batches/{made.id}", "/v1/batches/nonsense"):
+            assert (other.get(path).status_code, other.get(path).content) == (404, unknown.content)
+        assert other.post(f"/v1/batches/{made.id}/cancel").status_code == 404
+        assert other.get("/v1/batches").json()["data"] == []
+        body = {"input_file_id": made.input_file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+        assert other.post("/v1/batches", json=body).json()["error"]["code"] == "file_not_found"
+    finish(client, made)
+
+
+def test_batches_are_listed_page_by_page(client: openai.OpenAI) -> None:
+    made = [finish(client, start(client, [line(n)])).id for n in range(3)]
+    assert [batch.id for batch in client.batches.list(limit=2)][:3] == made[::-1], "the pages follow each other"
+    assert client.batches.list(after=made[1], limit=1).data[0].id == made[0]
+
+
+def test_cancelling_stops_what_runs_and_keeps_what_is_answered(client: openai.OpenAI, stack: Stack) -> None:
+    lines = [line(n, model="slow", options={"first_token_ms": 1 if n < 4 else 60_000}) for n in range(40)]
+    made = start(client, lines)
+    stack.wait_until(lambda: counts(client.batches.retrieve(made.id))[1] == 4, "four answers")
+    with pytest.raises(openai.ConflictError):
+        client.files.delete(made.input_file_id)
+    cancelled = client.batches.cancel(made.id)
+    assert (cancelled.status, cancelled.cancelling_at is not None) == ("cancelling", True)
+    done = finish(client, made, 15)
+    assert (done.status, counts(done)) == ("cancelled", (40, 4, 36))
+    assert set(read(client, done.output_file_id)) == {f"id-{n}" for n in range(4)}
+    left = read(client, done.error_file_id)
+    assert set(left) == {f"id-{n}" for n in range(4, 40)}
+    assert {(one["response"], one["error"]["code"]) for one in left.values()} == {(None, "batch_cancelled")}
+    mine = stack.query("SELECT status, count(*) FROM jobs WHERE metadata ->> 'batch_id' = %s GROUP BY 1", made.id)
+    assert dict(mine)["succeeded"] == 4
+    assert dict(mine)["cancelled"] <= 6, "what was queued or running, and no more"
+    assert set(dict(mine)) == {"succeeded", "cancelled"}
+    assert client.batches.cancel(made.id).status == "cancelled"
+    finished = finish(client, start(client, [line(1)]))
+    with pytest.raises(openai.ConflictError):
+        client.batches.cancel(finished.id)
+    assert client.files.delete(made.input_file_id).deleted
+
+
+def test_what_is_not_answered_when_the_window_ends_is_expired(client: openai.OpenAI, stack: Stack) -> None:
+    lines = [line(n, model="slow", options={"first_token_ms": 1 if n < 4 else 60_000}) for n in range(20)]
+    made = start(client, lines, completion_window="1h")
+    assert made.expires_at == made.created_at + 3600
+    stack.wait_until(lambda: counts(client.batches.retrieve(made.id))[1] == 4, "four answers")
+    stack.query("UPDATE batches SET expires_at = clock_timestamp() WHERE status = 'in_progress'")
+    done = finish(client, made, 15)
+    assert (done.status, counts(done), done.expired_at is not None) == ("expired", (20, 4, 16), True)
+    assert set(read(client, done.output_file_id)) == {f"id-{n}" for n in range(4)}
+    assert {one["error"]["code"] for one in read(client, done.error_file_id).values()} == {"batch_expired"}
+
+
+def test_a_batch_leaves_the_slots_to_others(client: openai.OpenAI, stack: Stack) -> None:
+    """Four slots: with others in all of them the batch waits; with others in two it takes two and one ahead."""
+    slow = {"model": "slow", "prompt": "x", "options": {"first_token_ms": 60_000}}
+    with stack.client() as other:
+        jobs = [
+            other.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": slow | {"prompt": f"other {n}"}}).json()
+            for n in range(4)
+        ]
+        live = "SELECT count(*) FROM jobs WHERE status IN ('queued', 'running') AND metadata ->> 'batch_id' IS NULL"
+        stack.wait_until(lambda: stack.query(live)[0][0] == 4, "four jobs of others")
+        made = start(client, [line(n, model="slow", options={"first_token_ms": 60_000}) for n in range(20)])
+        stack.wait_until(lambda: client.batches.retrieve(made.id).status == "in_progress", "a batch in progress")
+        mine = "SELECT count(*) FROM jobs WHERE metadata ->> 'batch_id' = %s"
+        quick = finish(client, start(client, [line(1)]))  # many passes of the batcher
+        assert quick.status == "completed"
+        assert stack.query(mine, made.id) == [(0,)]
+        for job in jobs[:2]:
+            other.post(f"{job['urls']['get']}/cancel")
+        stack.wait_until(lambda: stack.query(mine, made.id)[0][0] > 0, "jobs of the batch")
+        finish(client, start(client, [line(2)]))
+        assert stack.query(mine, made.id) == [(3,)]
+        client.batches.cancel(made.id)
+        for job in jobs[2:]:
+            other.post(f"{job['urls']['get']}/cancel")
+    finish(client, made, 15)
+
+
+def test_the_same_request_twice_runs_once(client: openai.OpenAI, stack: Stack) -> None:
+    lines = [line(n, prompt="asked twice in one batch", temperature=0) for n in range(10)]
+    done = finish(client, start(client, lines))
+    assert counts(done) == (10, 10, 0)
+    ran = "SELECT count(*) FROM jobs WHERE metadata ->> 'batch_id' = %s AND leader_id IS NULL"
+    assert stack.query(ran, done.id) == [(1,)]
+    again = finish(client, start(client, lines))
+    assert counts(again) == (10, 10, 0)
+    assert stack.query(ran, again.id) == [(0,)], "the cache has it"
+
+
+def test_jobs_of_a_batch_name_it(client: openai.OpenAI, stack: Stack) -> None:
+    done = finish(client, start(client, [line(1, prompt="named")]))
+    with stack.client() as raw:
+        jobs = raw.get("/v1/jobs", params={"limit": 100}).json()["data"]
+    assert [job["metadata"] for job in jobs if job["metadata"].get("batch_id") == done.id] == [{"batch_id": done.id}]
+    assert httpx.get(f"{stack.url}/v1/batches/{done.id}").status_code == 401

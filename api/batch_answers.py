@@ -7,9 +7,11 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import decoding, errors, file_answers, ids, schemas, uploads
+from api import decoding, errors, file_answers, fingerprints, ids, schemas, uploads, webhook_answers, wishes
+from api.gateway import Gateway
 from api.schemas.batches import BatchRequest
 from db import batches
+from db.accept import Idempotency, Reserved
 from db.api_keys import ApiKey
 from db.batches import Batch, BatchFilter, NewBatch
 from db.lanes import Lane, LaneDown
@@ -69,11 +71,16 @@ def as_dict(batch: Batch) -> dict[str, Any]:
 
 
 async def create(request: Request, caller: ApiKey) -> Response:
-    limits = request.app.state.gateway.catalog.limits
+    gateway: Gateway = request.app.state.gateway
+    limits = gateway.catalog.limits
     wanted = schemas.read(BatchRequest, decoding.decode(await decoding.read_body(request, limits), limits))
+    key = wishes.read(request.headers, gateway.config.wait_s).idempotency_key
+    asked = fingerprints.batch(wanted)
     input_id = ids.from_wire(file_answers.PREFIX, wanted.input_file_id)
     if input_id is None:
         raise errors.FileNotFound(param="input_file_id")
+    if wanted.webhook is not None:
+        await webhook_answers.check(gateway, caller, wanted.webhook.url)
     expires = wanted.output_expires_after
     new = NewBatch(
         id=ids.uuid7(),
@@ -85,6 +92,8 @@ async def create(request: Request, caller: ApiKey) -> Response:
         window_s=wanted.window_s,
         metadata=None if wanted.metadata is None else orjson.dumps(wanted.metadata).decode(),
         output_ttl_s=uploads.DEFAULT_TTL_S if expires is None else expires.seconds,
+        webhook=None if wanted.webhook is None else orjson.dumps(wanted.webhook.kept()).decode(),
+        idempotency=None if key is None else Idempotency(caller.id, key, asked),
     )
     try:
         made = await _batches(request).creates.submit(new)
@@ -92,6 +101,11 @@ async def create(request: Request, caller: ApiKey) -> Response:
         raise errors.DependencyUnavailable() from None
     if made is None:
         raise errors.FileNotFound(param="input_file_id")
+    if isinstance(made, Reserved):
+        if made.fingerprint != asked:
+            raise errors.IdempotencyKeyReuse()
+        known = await _ask(_batches(request).views, caller, ids.to_wire(PREFIX, made.job_id))
+        return _json(as_dict(known), {"Idempotent-Replayed": "true"})
     return _json(as_dict(made))
 
 
@@ -148,5 +162,5 @@ def _seconds(moment: datetime.datetime | None) -> int | None:
     return None if moment is None else int(moment.timestamp())
 
 
-def _json(body: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(body), 200, None, "application/json")
+def _json(body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), 200, headers, "application/json")

@@ -6,8 +6,8 @@ from typing import Any
 
 import orjson
 
-from api import decoding, errors
-from catalog import Catalog
+from api import decoding, error_forms, errors, schemas
+from catalog import Catalog, LimitsEntry
 
 _MAX_ID = 512
 _ENVELOPE_BYTES = 4096
@@ -88,7 +88,7 @@ def check(raw: Raw, endpoint: str, catalog: Catalog) -> tuple[str, str]:
     judged when it is run, like any request's."""
     if raw.text is None:
         raise Mistake("line_too_long", f"The line is longer than {catalog.limits.body_bytes + _ENVELOPE_BYTES} bytes.")
-    fields = decode(raw.text, catalog)
+    fields = decode(raw.text, catalog.limits)
     for name in _FIELDS:
         if name not in fields:
             raise Mistake("missing_required_parameter", f"{name} is required.", name)
@@ -103,7 +103,8 @@ def check(raw: Raw, endpoint: str, catalog: Catalog) -> tuple[str, str]:
         raise Mistake("invalid_url", f"url must be the batch's endpoint, {endpoint}.", "url")
     if type(body) is not dict:
         raise Mistake("invalid_request", "body must be an object.", "body")
-    model = body.get("model")
+    known = schemas.ENDPOINTS[endpoint].model_fields["model"]
+    model = body.get("model", None if known.is_required() else known.default)
     if type(model) is not str:
         raise Mistake("missing_required_parameter", "body.model must be a string.", "body.model")
     if model != "auto" and catalog.model(model) is None:
@@ -111,10 +112,10 @@ def check(raw: Raw, endpoint: str, catalog: Catalog) -> tuple[str, str]:
     return custom_id, model
 
 
-def decode(text: bytes, catalog: Catalog) -> dict[str, Any]:
+def decode(text: bytes, limits: LimitsEntry) -> dict[str, Any]:
     """The object that a line holds. Raises Mistake."""
     try:
-        return decoding.decode(text, catalog.limits)
+        return decoding.decode(text, limits)
     except errors.APIError as error:
         code = "invalid_json_line" if error.code == "invalid_json" else error.code
         raise Mistake(code, error.message.replace("The body", "The line")) from None
@@ -125,11 +126,13 @@ def answered(request_id: str, custom_id: str, body: bytes) -> bytes:
     return _line(request_id, custom_id, b'{"status_code":200,"request_id":"%b","body":%b}', body)
 
 
-def refused(request_id: str, custom_id: str, error: errors.APIError) -> bytes:
-    """The error line of a request that was answered with an error."""
-    body = orjson.dumps({"error": errors.as_dict(error)})
-    head = b'{"status_code":' + str(error.status).encode()
-    return _line(request_id, custom_id, head + b',"request_id":"%b","body":%b}', body)
+def refused(request_id: str, custom_id: str, error: errors.APIError, endpoint: str) -> bytes:
+    """The error line of a request that was answered with an error, in the form of its endpoint."""
+    status, body = error.status, {"error": errors.as_dict(error)}
+    if (form := error_forms.FORMS.get(endpoint)) is not None:
+        status, body = form(error, request_id)
+    head = b'{"status_code":%d' % status
+    return _line(request_id, custom_id, head + b',"request_id":"%b","body":%b}', orjson.dumps(body))
 
 
 def unanswered(request_id: str, custom_id: str, code: str, message: str) -> bytes:

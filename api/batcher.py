@@ -9,12 +9,13 @@ An advisory lock makes one process lead; a second one waits. Correctness does no
 
 import asyncio
 import contextlib
+import functools
 import signal
 import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,18 +25,20 @@ import uvloop
 import settings
 from api import batch_lines, errors, ids, schemas
 from api.batch_answers import PREFIX
-from api.batch_lines import Mistake, Raw, Splitter
+from api.batch_pace import Pace
+from api.batch_validation import Validator
 from api.gateway import Gateway
 from api.wishes import Wish
-from db import api_keys, batches, files, session
+from db import api_keys, batches, session
 from db.api_keys import ApiKey
-from db.batches import MARK, Answer, Batch, Item, NewItem, Valid, Wanted
+from db.batches import MARK, Answer, Batch, Item, Wanted
 from db.cache import Hit
 from db.job_views import Outcome
 from db.lanes import Lane, LaneDown
 from db.models import BatchStatus, JobStatus
 from tasks import logs, metrics, server_settings
 from tasks.call import Call
+from tasks.fair_share import Priority
 from tasks.router import Load
 
 log = structlog.get_logger()
@@ -50,9 +53,10 @@ _LATER_S = 2.0
 _LONG_S = 6.0
 _LONGEST_S = 8 * 86_400.0
 """More than the longest window: what is late ends by its deadline."""
-_MOST_ERRORS = 100
-_PAGE_LINES = 1000
+_LONGEST_PAUSE_S = 60.0
 _MOST_UNWRITTEN = 1024
+_MOST_HOPELESS = 64
+"""Lines under way of a batch whose models nobody serves any more: they are refused."""
 _ENDINGS = {
     BatchStatus.EXPIRED: ("batch_expired", "The request was not answered before the batch's window ended."),
     BatchStatus.CANCELLED: ("batch_cancelled", "The batch was cancelled before the request was answered."),
@@ -61,6 +65,12 @@ _ENDINGS = {
 
 class _Later(Exception):
     """The line cannot be run now."""
+
+    def __init__(self, error: errors.APIError) -> None:
+        super().__init__(error.code)
+        self.is_limit = isinstance(error, errors.RateLimited | errors.InsufficientQuota)
+        """It is the key's limits that say so, and not the state of a backend or a server."""
+        self.retry_after_s = error.retry_after_s or 0.0
 
 
 @dataclass(slots=True)
@@ -91,25 +101,42 @@ class _Run:
 
     batch: Batch
     caller: ApiKey
+    pace: Pace
     feeds: list[_Feed]
     slots: dict[int, _Slot] = field(default_factory=dict)
     """By line."""
     ending: BatchStatus | None = None
     """Set once it ends early: what has no answer by then gets none."""
-    closing: "asyncio.Task[None] | None" = None
+    closing: "asyncio.Task[bool] | None" = None
 
     def job_id(self, line: int) -> uuid.UUID:
         return uuid.uuid5(self.batch.id, str(line))
 
     def wish(self, line: int) -> Wish:
-        """How a line's job is asked for. Its priority, the lowest there is, belongs here."""
+        """How a line's job is asked for."""
         return Wish(
             wait_s=0.0,
             is_async=True,
             metadata={MARK: ids.to_wire(PREFIX, self.batch.id)},
+            # Said as well, so that the key's own default, made for those who wait, does not come before it.
+            timeout_s=_LONGEST_S,
             deadline=self.batch.expires_at.timestamp(),
+            priority=Priority.BATCH,
             job_id=self.job_id(line),
         )
+
+
+@dataclass(slots=True)
+class _PutOff:
+    """A batch whose validation failed for reasons that are not its own."""
+
+    pause_s: float = 1.0
+    until: float = 0.0
+    """time.monotonic()."""
+
+    def again(self) -> None:
+        self.pause_s = min(2 * self.pause_s, _LONGEST_PAUSE_S)
+        self.until = time.monotonic() + self.pause_s
 
 
 class Batcher:
@@ -119,12 +146,8 @@ class Batcher:
         url = config.database_url
         self._url = url
         self._gateway = Gateway(config)
-        self._catalog = self._gateway.catalog
-        self._reads = Lane(url, files.read, silence_s=_LONG_S)
+        self._validator = Validator(url)
         self._keys = Lane(url, api_keys.by_id)
-        self._add_items = Lane(url, batches.add_items, silence_s=_LONG_S)
-        self._begins = Lane(url, batches.begin)
-        self._fails = Lane(url, batches.fail, silence_s=_LONG_S)
         self._items = Lane(url, batches.items, silence_s=_LONG_S)
         self._models = Lane(url, batches.models, silence_s=_LONG_S)
         self._left = Lane(url, batches.left)
@@ -136,7 +159,10 @@ class Batcher:
         self._connection: session.Connection | None = None
         self._is_leader = False
         self._runs: dict[uuid.UUID, _Run] = {}
-        self._validation: asyncio.Task[None] | None = None
+        self._paces: dict[uuid.UUID, Pace] = {}
+        """By API key."""
+        self._validation: asyncio.Task[bool] | None = None
+        self._put_off: dict[uuid.UUID, _PutOff] = {}
         self._taken: dict[str, int] = {}
         """Live jobs of ours, by backend."""
         self._foreign: dict[str, int] = {}
@@ -166,6 +192,7 @@ class Batcher:
         await self._let_go()
         for lane in [value for value in vars(self).values() if isinstance(value, Lane)]:
             await lane.close()
+        await self._validator.close()
         await self._gateway.close()
 
     async def _let_go(self) -> None:
@@ -174,7 +201,9 @@ class Batcher:
             with contextlib.suppress(*session.DependencyDown):
                 self._connection.close()
         self._connection, self._is_leader = None, False
-        tasks = [slot.task for run in self._runs.values() for slot in run.slots.values() if slot.task is not None]
+        tasks: list[asyncio.Task[Any]] = [
+            slot.task for run in self._runs.values() for slot in run.slots.values() if slot.task is not None
+        ]
         tasks += [run.closing for run in self._runs.values() if run.closing is not None]
         if self._validation is not None:
             tasks.append(self._validation)
@@ -182,6 +211,7 @@ class Batcher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._runs.clear()
+        self._paces.clear()
         self._taken.clear()
         self._validation = None
 
@@ -192,26 +222,29 @@ class Batcher:
             if self._runs or self._validation is not None:
                 await self._let_go()
             return
-        known = {batch.id: batch for batch in live}
-        for batch_id in [batch_id for batch_id in self._runs if batch_id not in known]:
+        known = {batch.id for batch in live}
+        for batch_id in self._runs.keys() - known:
             del self._runs[batch_id]
-        for batch in live:
-            if batch.status == BatchStatus.VALIDATING:
-                if self._validation is None:
-                    self._validation = self._spawn(self._validate(batch), "validate")
-                    self._validation.add_done_callback(self._validated)
-                continue
-            run = self._runs.get(batch.id)
-            if run is None:
-                caller = (await asyncio.gather(self._keys.submit(batch.api_key_id)))[0]
-                if caller is None:
-                    log.error("batch.without_key", batch_id=str(batch.id))
-                    continue
-                run = self._runs[batch.id] = _Run(batch, caller, await self._feeds(batch))
-            run.batch = batch
-            self._end_early(run)
+        for batch_id in self._put_off.keys() - known:
+            del self._put_off[batch_id]
+        # A key's limits and models may change while its batch runs. A revoked key's batch goes on, as its jobs do.
+        callers = await asyncio.gather(*[self._keys.submit(batch.api_key_id) for batch in live])
+        for batch, caller in zip(live, callers, strict=True):
+            if caller is None:
+                log.error("batch.without_key", batch_id=str(batch.id))
+            elif batch.status == BatchStatus.VALIDATING:
+                self._start_validating(batch, caller)
+            else:
+                run = self._runs.get(batch.id)
+                if run is None:
+                    pace = self._paces.setdefault(caller.id, Pace())
+                    run = self._runs[batch.id] = _Run(batch, caller, pace, await self._feeds(batch))
+                if (caller.limits, caller.tenant_limits) != (run.caller.limits, run.caller.tenant_limits):
+                    run.pace.start_anew()
+                run.batch, run.caller = batch, caller
+                self._end_early(run)
         if self._runs:
-            self._foreign = await self._others.submit(None)
+            self._foreign = await self._others.submit(Priority.BATCH)
 
     def _lead(self) -> list[Batch] | None:
         """The live batches, if this process leads."""
@@ -230,74 +263,39 @@ class Batcher:
     async def _feeds(self, batch: Batch) -> list[_Feed]:
         return [_Feed(model) for model in await self._models.submit(batch.id)]
 
-    def _validated(self, _: object) -> None:
+    def _start_validating(self, batch: Batch, caller: ApiKey) -> None:
+        """One batch at a time; one that failed lately lets others go first."""
+        put_off = self._put_off.get(batch.id)
+        if self._validation is not None or (put_off is not None and put_off.until > time.monotonic()):
+            return
+        served = self._gateway.catalog_for(caller)
+        self._validation = self._spawn(self._validator.validate(batch, served), "validate")
+        self._validation.add_done_callback(functools.partial(self._validated, batch.id))
+
+    def _validated(self, batch_id: uuid.UUID, task: "asyncio.Task[bool]") -> None:
         self._validation = None
+        if task.cancelled() or not task.result():
+            self._put_off.setdefault(batch_id, _PutOff()).again()
+            return
+        self._put_off.pop(batch_id, None)
         self._next_refresh = float("-inf")
         self._wake.set()
 
-    def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> "asyncio.Task[None]":
-        """A task that may fail: what it did not do is done again after the next refresh."""
+    def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> "asyncio.Task[bool]":
+        """A task that may fail, and says whether it did not: what is not done is done again after a later refresh."""
 
-        async def guarded() -> None:
+        async def guarded() -> bool:
             try:
                 await work
             except LaneDown as error:
                 log.warning("batcher.postgres_down", work=what, error=str(error))
             except Exception:
                 log.exception("batcher.failed", work=what)
+            else:
+                return True
+            return False
 
         return asyncio.create_task(guarded(), name=what)
-
-    # Validating
-
-    async def _validate(self, batch: Batch) -> None:
-        """Read the whole input; record its lines, or what is wrong with them."""
-        mistakes: list[dict[str, Any]] = []
-        found: list[NewItem] = []
-        seen: dict[str, int] = {}
-        models: set[str] = set()
-        total = 0
-        async for raw in self._lines(batch):
-            total += 1
-            if total > self._catalog.limits.batch_lines:
-                most = f"The input has more than {self._catalog.limits.batch_lines} requests."
-                mistakes = [Mistake("too_many_tasks", most).as_dict(None)]
-                break
-            try:
-                custom_id, model = batch_lines.check(raw, batch.endpoint, self._catalog)
-                if (first := seen.setdefault(custom_id, raw.number)) != raw.number:
-                    text = f"custom_id is the same as on line {first}."
-                    raise Mistake("duplicate_custom_id", text, "custom_id")
-            except Mistake as mistake:
-                mistakes.append(mistake.as_dict(raw.number))
-                if len(mistakes) >= _MOST_ERRORS:
-                    break
-                continue
-            models.add(model)
-            found.append(NewItem(batch.id, raw.number, custom_id, model, raw.start, raw.num_bytes))
-            if len(found) >= _PAGE_LINES and not mistakes:
-                await self._add_items.submit(found)
-                found = []
-        if not total:
-            mistakes = [Mistake("empty_file", "The input has no requests.").as_dict(None)]
-        if mistakes:
-            await self._fails.submit((batch.id, mistakes))
-            log.info("batch.failed", batch_id=str(batch.id), mistakes=len(mistakes))
-            return
-        if found:
-            await self._add_items.submit(found)
-        await self._begins.submit(Valid(batch.id, total, models.pop() if len(models) == 1 else None))
-        log.info("batch.begun", batch_id=str(batch.id), lines=total)
-
-    async def _lines(self, batch: Batch) -> AsyncIterator[Raw]:
-        splitter = Splitter(self._catalog.limits.body_bytes)
-        start = 0
-        while data := await self._reads.submit((batch.input_file_id, start)):
-            start += len(data)
-            for raw in splitter.feed(data):
-                yield raw
-        for raw in splitter.end():
-            yield raw
 
     # Running
 
@@ -315,9 +313,12 @@ class Batcher:
                 await self._complete(run)
 
     async def _start_one(self, run: _Run, feed: _Feed) -> bool:
-        """Start the feed's next line; False where it has none, or its backends have no room."""
-        backend = self._backend_with_room(feed.model)
-        if backend is None or feed.not_before > time.monotonic():
+        """Start the feed's next line; False where it has none, or neither backends nor limits have room."""
+        if not run.pace.has_room or feed.not_before > time.monotonic():
+            return False
+        backends = list(self._backends(run, feed.model))
+        backend = self._with_room(backends)
+        if backend is None and (backends or len(run.slots) >= _MOST_HOPELESS):
             return False
         if not feed.items and not feed.is_over:
             page = await self._items.submit(Wanted(run.batch.id, feed.model, feed.after))
@@ -329,25 +330,27 @@ class Batcher:
         slot = _Slot(feed.items.popleft(), None)
         self._move(slot, backend)
         run.slots[slot.item.line] = slot
+        run.pace.num_sent += 1
         slot.task = asyncio.create_task(self._do(run, feed, slot), name="batch-line")
         return True
 
-    def _backend_with_room(self, model: str) -> str | None:
-        """The backend of the model with the most idle slots."""
-        rooms = [(self._room(name), name) for name in self._backends(model)]
-        most, name = max(rooms, default=(0, ""))
+    def _with_room(self, backends: list[str]) -> str | None:
+        """Of these, the one with the most idle slots."""
+        most, name = max(((self._room(name), name) for name in backends), default=(0, ""))
         return name if most > 0 else None
 
-    def _backends(self, model: str) -> Iterator[str]:
-        """Where the router may send calls of a model: elsewhere only while its own backends are away."""
-        loads = self._gateway.loads
+    def _backends(self, run: _Run, model: str) -> Iterator[str]:
+        """Where the router may send a batch's calls of a model: elsewhere only while its own backends are away.
+        None at all: a model that is gone, or no longer for this key."""
+        served, loads = self._gateway.catalog_for(run.caller), self._gateway.loads
         if model == "auto":
-            for spec in self._catalog.models.values():
-                if spec.entry.auto:
+            task = schemas.ENDPOINTS[run.batch.endpoint].task
+            for spec in served.models.values():
+                if spec.entry.auto and task in spec.tasks:
                     yield from spec.entry.backends
             return
-        first = self._catalog.model(model)
-        others = [] if first is None else [self._catalog.models[name] for name in first.entry.fallback]
+        first = served.model(model)
+        others = [] if first is None else [served.models[name] for name in first.entry.fallback]
         for spec in [first, *others] if first is not None else []:
             yield from spec.entry.backends
             if any(loads.get(name, Load()).is_ready for name in spec.entry.backends):
@@ -380,10 +383,15 @@ class Batcher:
                 await self._settles.submit(answer)
             finally:
                 self._num_unwritten -= 1
-        except (_Later, LaneDown):
-            feed.items.appendleft(slot.item)
-            feed.not_before = time.monotonic() + _LATER_S
+        except (_Later, LaneDown) as error:
+            # Behind the others: a line that is larger than what the limits leave holds none of them up.
+            feed.items.append(slot.item)
+            if isinstance(error, _Later) and error.is_limit:
+                run.pace.refused(error.retry_after_s)
+            else:
+                feed.not_before = time.monotonic() + _LATER_S
         finally:
+            run.pace.num_sent -= 1
             self._move(slot, None)
             run.slots.pop(slot.item.line, None)
             self._wake.set()
@@ -397,14 +405,18 @@ class Batcher:
             if isinstance(made, Hit):
                 return self._done(run, item.line, item.custom_id, made.body, made.usage)
             self._move(slot, made.backend)
+            run.pace.num_accepted += 1
             try:
                 outcome = await self._gateway.wait(made.watch, _LONGEST_S)
+                run.pace.answered()
             finally:
+                run.pace.num_accepted -= 1
                 made.watch.close()
             assert outcome is not None
         except errors.APIError as error:
-            if error.status in (429, 503) and not error.is_permanent:
-                raise _Later from None
+            # Tomorrow there is another budget; a request that is more than a minute's tokens is too much for ever.
+            if isinstance(error, errors.InsufficientQuota) or (error.status in (429, 503) and not error.is_permanent):
+                raise _Later(error) from None
             return self._refused(run, item.line, item.custom_id, error)
         except LaneDown:
             raise
@@ -415,8 +427,9 @@ class Batcher:
         return self._of(run, item.line, item.custom_id, outcome)
 
     def _call(self, run: _Run, item: Item) -> Call:
-        fields = batch_lines.decode(item.text, self._catalog)
-        call = schemas.parse(run.batch.endpoint, fields["body"], self._catalog.limits)
+        limits = self._gateway.catalog.limits
+        fields = batch_lines.decode(item.text, limits)
+        call = schemas.parse(run.batch.endpoint, fields["body"], limits)
         if call.stream:
             raise errors.UnsupportedParameter("A batch cannot stream.", param="stream")
         return call
@@ -439,7 +452,7 @@ class Batcher:
         return Answer(run.batch.id, line, text, False, *spent)
 
     def _refused(self, run: _Run, line: int, custom_id: str, error: errors.APIError) -> Answer:
-        text = batch_lines.refused(self._request_id(run, line), custom_id, error)
+        text = batch_lines.refused(self._request_id(run, line), custom_id, error, run.batch.endpoint)
         return Answer(run.batch.id, line, text, is_error=True)
 
     def _unanswered(self, run: _Run, line: int, custom_id: str) -> Answer:

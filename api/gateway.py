@@ -118,7 +118,8 @@ class Gateway:
         self._redis = transport.connect(config.redis_url)
         self._outbox = transport.Outbox(self._redis)
         self._shares = FairShare()
-        self.rate_limits = RateLimits(Limiter(self._redis, num_processes=config.gateway_processes))
+        # The batcher is a gateway too: its lines count against the same limits.
+        self.rate_limits = RateLimits(Limiter(self._redis, num_processes=config.gateway_processes + 1))
         self.subscriber = Subscriber(config.redis_url, self._shares.ended)
         self.loads: dict[str, Load] = {}
         self._quarantined: frozenset[bytes] = frozenset()

@@ -13,10 +13,11 @@ from typing import Any
 import orjson
 from psycopg2.extras import execute_values
 
-from db import files
+from db import accept, files, webhooks
+from db.accept import Idempotency, Reserved
 from db.files import CHUNK_BYTES
 from db.models import BATCH_LIVE, BatchStatus
-from db.session import Cursor
+from db.session import Cursor, transaction
 
 _LIVE = ", ".join(f"'{status}'" for status in BATCH_LIVE)
 _KEPT_DAYS = 30
@@ -37,6 +38,8 @@ class NewBatch:
     window_s: int
     metadata: str | None
     output_ttl_s: int
+    webhook: str | None = None
+    idempotency: Idempotency | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,34 +92,53 @@ def error_id(batch_id: uuid.UUID) -> uuid.UUID:
     return uuid.uuid5(batch_id, "errors")
 
 
-def create(cursor: Cursor, wanted: Sequence[NewBatch]) -> list[Batch | None]:
-    """Make batches; None where the tenant has no such input file. Repeating it changes nothing."""
-    for one in wanted:
-        cursor.execute(
-            """
-            INSERT INTO batches (id, tenant, api_key_id, endpoint, input_file_id, completion_window, expires_at,
-                metadata, output_ttl_s, output_file_id, error_file_id)
-            SELECT %(id)s, %(tenant)s, %(key)s, %(endpoint)s, f.id, %(window)s,
-                clock_timestamp() + %(window_s)s * interval '1 s', %(metadata)s, %(ttl)s, %(output)s, %(errors)s
-            FROM files f WHERE f.id = %(input)s AND f.tenant = %(tenant)s AND f.is_whole AND f.purpose = 'batch'
-                AND (f.expires_at IS NULL OR f.expires_at > clock_timestamp()) FOR SHARE
-            ON CONFLICT DO NOTHING
-            """,
-            {
-                "id": one.id,
-                "tenant": one.tenant,
-                "key": one.api_key_id,
-                "endpoint": one.endpoint,
-                "input": one.input_file_id,
-                "window": one.completion_window,
-                "window_s": one.window_s,
-                "metadata": one.metadata,
-                "ttl": one.output_ttl_s,
-                "output": output_id(one.id),
-                "errors": error_id(one.id),
-            },
-        )
-    return view(cursor, [(one.id, one.tenant) for one in wanted])
+def create(cursor: Cursor, wanted: Sequence[NewBatch]) -> list[Batch | Reserved | None]:
+    """Make batches; None where the tenant has no such input file, and what its Idempotency-Key stands for where
+    that is another. Repeating it changes nothing."""
+    return [_create(cursor, one) for one in wanted]
+
+
+def _create(cursor: Cursor, wanted: NewBatch) -> Batch | Reserved | None:
+    key = wanted.idempotency
+    with transaction(cursor):
+        if key is not None:
+            held_id, fingerprint = accept.hold_keys(cursor, [(key, wanted.id)])[key.api_key_id, key.key]
+            if held_id != wanted.id:
+                return Reserved(held_id, fingerprint, None)
+        _insert(cursor, wanted)
+        made = view(cursor, [(wanted.id, wanted.tenant)])[0]
+        if made is None and key is not None:
+            accept.release_key(cursor, key)
+        return made
+
+
+def _insert(cursor: Cursor, wanted: NewBatch) -> None:
+    cursor.execute(
+        """
+        INSERT INTO batches (id, tenant, api_key_id, endpoint, input_file_id, completion_window, expires_at,
+            metadata, output_ttl_s, webhook, output_file_id, error_file_id)
+        SELECT %(id)s, %(tenant)s, %(key)s, %(endpoint)s, f.id, %(window)s,
+            clock_timestamp() + %(window_s)s * interval '1 s', %(metadata)s, %(ttl)s, %(webhook)s, %(output)s,
+            %(errors)s
+        FROM files f WHERE f.id = %(input)s AND f.tenant = %(tenant)s AND f.is_whole AND f.purpose = 'batch'
+            AND (f.expires_at IS NULL OR f.expires_at > clock_timestamp()) FOR SHARE
+        ON CONFLICT DO NOTHING
+        """,
+        {
+            "id": wanted.id,
+            "tenant": wanted.tenant,
+            "key": wanted.api_key_id,
+            "endpoint": wanted.endpoint,
+            "input": wanted.input_file_id,
+            "window": wanted.completion_window,
+            "window_s": wanted.window_s,
+            "metadata": wanted.metadata,
+            "ttl": wanted.output_ttl_s,
+            "webhook": wanted.webhook,
+            "output": output_id(wanted.id),
+            "errors": error_id(wanted.id),
+        },
+    )
 
 
 def view(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str]]) -> list[Batch | None]:
@@ -223,15 +245,24 @@ def begin(cursor: Cursor, valid: Sequence[Valid]) -> list[None]:
 def fail(cursor: Cursor, failed: Sequence[tuple[uuid.UUID, list[dict[str, Any]]]]) -> list[None]:
     """From validating to failed, with what is wrong with the input."""
     for batch_id, errors in failed:
-        cursor.execute(
-            """
-            WITH failed AS (UPDATE batches SET status = 'failed', failed_at = clock_timestamp(), errors = %s,
-                output_file_id = NULL, error_file_id = NULL WHERE id = %s AND status = 'validating' RETURNING id)
-            DELETE FROM batch_items WHERE batch_id IN (SELECT id FROM failed)
-            """,
-            (orjson.dumps(errors).decode(), batch_id),
-        )
+        with transaction(cursor):
+            cursor.execute(
+                """
+                UPDATE batches SET status = 'failed', failed_at = clock_timestamp(), errors = %s,
+                    output_file_id = NULL, error_file_id = NULL
+                WHERE id = %s AND status = 'validating' RETURNING tenant, webhook::text
+                """,
+                (orjson.dumps(errors).decode(), batch_id),
+            )
+            if (row := cursor.fetchone()) is not None:
+                cursor.execute("DELETE FROM batch_items WHERE batch_id = %s", (batch_id,))
+                _tell(cursor, batch_id, BatchStatus.FAILED, *row)
     return [None] * len(failed)
+
+
+def _tell(cursor: Cursor, batch_id: uuid.UUID, status: BatchStatus, tenant: str, webhook: str | None) -> None:
+    if webhook is not None:
+        webhooks.emit(cursor, tenant, webhook, f"batch.{status}", f"batch_{batch_id.hex}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,13 +352,8 @@ def settle(cursor: Cursor, answers: Sequence[Answer]) -> list[None]:
     for answer in answers:
         groups.setdefault(answer.batch_id, {})[answer.line] = answer
     for batch_id, group in sorted(groups.items()):
-        cursor.execute("BEGIN")
-        try:
+        with transaction(cursor):
             _settle(cursor, batch_id, group)
-            cursor.execute("COMMIT")
-        except BaseException:
-            cursor.execute("ROLLBACK")
-            raise
     return [None] * len(answers)
 
 
@@ -371,13 +397,8 @@ def finalize(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[bool]:
 def end(cursor: Cursor, endings: Sequence[tuple[uuid.UUID, BatchStatus]]) -> list[None]:
     """End batches that have no unanswered lines, and show their files."""
     for batch_id, status in endings:
-        cursor.execute("BEGIN")
-        try:
+        with transaction(cursor):
             _end(cursor, batch_id, status)
-            cursor.execute("COMMIT")
-        except BaseException:
-            cursor.execute("ROLLBACK")
-            raise
     return [None] * len(endings)
 
 
@@ -389,7 +410,7 @@ def _end(cursor: Cursor, batch_id: uuid.UUID, status: BatchStatus) -> None:
             output_file_id = (SELECT id FROM files f WHERE f.id = b.output_file_id),
             error_file_id = (SELECT id FROM files f WHERE f.id = b.error_file_id)
         WHERE id = %(id)s AND status IN ({_LIVE}) AND NOT EXISTS (SELECT FROM batch_items WHERE batch_id = b.id)
-        RETURNING output_ttl_s
+        RETURNING output_ttl_s, tenant, webhook::text
         """,  # noqa: S608 - words from db.models
         {"id": batch_id, "status": str(status)},
     )
@@ -404,6 +425,7 @@ def _end(cursor: Cursor, batch_id: uuid.UUID, status: BatchStatus) -> None:
             """,
             (f"batch_{batch_id.hex}_{what}.jsonl", row[0], file_id),
         )
+    _tell(cursor, batch_id, status, *row[1:])
 
 
 def forget_items(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[None]:
@@ -418,17 +440,24 @@ def forget_items(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[None]:
     return [None] * len(ids)
 
 
-def others(cursor: Cursor, items: Sequence[None]) -> list[dict[str, int]]:
-    """How many live jobs of each backend run for no batch."""
+def others(cursor: Cursor, priorities: Sequence[int]) -> list[dict[str, int]]:
+    """How many live jobs each backend has that go before those of this priority."""
     cursor.execute(
         """
-        SELECT backend, count(*) FROM jobs WHERE status IN ('queued', 'running') AND leader_id IS NULL
-            AND metadata ->> %s IS NULL GROUP BY backend
-        """,
-        (MARK,),
+        SELECT backend, priority, count(*) FROM jobs
+        WHERE status IN ('queued', 'running') AND leader_id IS NULL GROUP BY backend, priority
+        """
     )
-    found = {row[0]: int(row[1]) for row in cursor.fetchall()}
-    return [found] * len(items)
+    rows = cursor.fetchall()
+    return [_before(priority, rows) for priority in priorities]
+
+
+def _before(priority: int, rows: Sequence[tuple[Any, ...]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for backend, number, num_live in rows:
+        if number < priority:
+            found[backend] = found.get(backend, 0) + num_live
+    return found
 
 
 def purge(cursor: Cursor, limit: int = 20) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from psycopg2.extras import execute_values
 
 from db.models import BATCH_LIVE
-from db.session import Cursor
+from db.session import Cursor, transaction
 
 CHUNK_BYTES = 2**20
 _UNFINISHED_S = 6 * 3600
@@ -179,8 +179,7 @@ def delete(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str]]) -> list[bool
 
 
 def _delete(cursor: Cursor, file_id: uuid.UUID, tenant: str) -> bool | None:
-    cursor.execute("BEGIN")
-    try:
+    with transaction(cursor):
         # The lock first: a batch that is being made on this file is then either seen by the next statement,
         # or finds no file.
         cursor.execute("SELECT FROM files WHERE id = %s AND tenant = %s AND is_whole FOR UPDATE", (file_id, tenant))
@@ -194,10 +193,6 @@ def _delete(cursor: Cursor, file_id: uuid.UUID, tenant: str) -> bool | None:
                 {"id": file_id},
             )
         is_gone = cursor.rowcount == 1
-        cursor.execute("COMMIT")
-    except BaseException:
-        cursor.execute("ROLLBACK")
-        raise
     return is_gone if is_known else None
 
 

@@ -274,6 +274,7 @@ class IdempotencyKey(Base):
     fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
     """SHA-256 of what was asked."""
     job_id: Mapped[uuid.UUID]
+    """Or the batch's."""
     expires_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP)
 
     __table_args__ = (Index("idempotency_keys_expiry", "expires_at"),)
@@ -431,6 +432,7 @@ class Batch(Base):
     metadata_: Mapped[dict[str, str] | None] = mapped_column("metadata", JSONB)
     output_ttl_s: Mapped[int]
     """Seconds that its output files are kept."""
+    webhook: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     status: Mapped[str] = mapped_column(Text, server_default=text("'validating'"))
     model: Mapped[str | None] = mapped_column(Text)
     """Where all its lines name the same."""

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from api.schemas.fields import Metadata, WireModel
+from api.schemas.webhooks import BatchWebhook
 
 
 def _is_endpoint(value: str) -> str:
@@ -40,6 +41,7 @@ class BatchRequest(WireModel):
     completion_window: Annotated[str, Field(pattern=f"^{_HOURS}h$", description="24h, or 1h to 168h.")]
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
+    webhook: BatchWebhook | None = None
 
     @property
     def window_s(self) -> int:

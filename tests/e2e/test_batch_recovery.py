@@ -1,8 +1,8 @@
 """A batch answers each line once, whatever dies meanwhile."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -10,7 +10,7 @@ import pytest
 from openai.types import Batch
 
 from tests.conftest import running
-from tests.stack import Stack, free_port
+from tests.stack import Stack
 
 pytestmark = pytest.mark.e2e
 
@@ -18,42 +18,82 @@ CONFIG = """
 backends: {echo: {runtime: echo, concurrency: 32}}
 models: {echo: {path: echo, backends: [echo], context_length: 4096}}
 """
-NUM_LINES = 300
+NUM_LINES = 200
+SLOTS = 16
+LONG = range(61, 61 + SLOTS)
+"""Numbers of lines of some seconds, so that somebody surely is in the middle of one when it is killed."""
+
+
+@pytest.fixture(scope="module")
+def shared(server_urls: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    yield from running(server_urls, tmp_path_factory.mktemp("recovery"), CONFIG, [])
 
 
 @pytest.fixture
-def stack(server_urls: tuple[str, str], tmp_path: Path) -> Iterator[Stack]:
-    for made in running(server_urls, tmp_path, CONFIG, []):
-        made.start_worker("echo", slots=16)
-        made.start_batcher()
+def stack(shared: Stack) -> Stack:
+    """Whole again, whatever a test before this one left of it."""
+    shared.patches.clear()
+    for name in [name for name in shared.processes if name not in ("gateway", "reconciler", "echo", "batcher")]:
+        shared.kill(name)
+    if "gateway" not in shared.processes:
+        shared.start_gateway()
+    if "echo" not in shared.processes:
+        shared.start_worker("echo", slots=SLOTS)
+    if "batcher" not in shared.processes:
+        shared.start_batcher()
+    return shared
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.secret, max_retries=0) as made:
         yield made
 
 
-def client_of(stack: Stack, port: int | None = None) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port or stack.port}/v1", api_key=stack.secret, max_retries=0)
+def plain(number: int) -> float:
+    return 60
 
 
-def begin(client: openai.OpenAI, delay_ms: float = 150) -> Batch:
+def with_long_lines(number: int) -> float:
+    return 3000 if number + 1 in LONG else 10
+
+
+def begin(client: openai.OpenAI, delay_ms: Callable[[int], float] = plain, name: str = "line") -> Batch:
     lines = [
         {"custom_id": f"id-{n}", "method": "POST", "url": "/v1/completions",
-         "body": {"model": "echo", "prompt": f"line {n}", "options": {"first_token_ms": delay_ms}}}
+         "body": {"model": "echo", "prompt": f"{name} {n}", "options": {"first_token_ms": delay_ms(n)}}}
         for n in range(NUM_LINES)
     ]  # fmt: skip
     file = client.files.create(file=("x.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="batch")
     return client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
 
 
-def num_answered(stack: Stack) -> int:
-    return int(stack.query("SELECT num_completed FROM batches")[0][0])
+def id_of(batch: Batch) -> uuid.UUID:
+    return uuid.UUID(batch.id.removeprefix("batch_"))
 
 
-def wait_for(stack: Stack, num_lines: int) -> None:
-    stack.wait_until(lambda: num_answered(stack) >= num_lines, f"{num_lines} answers", 60)
+def num_answered(stack: Stack, batch: Batch) -> int:
+    return int(stack.query("SELECT num_completed FROM batches WHERE id = %s", id_of(batch))[0][0])
+
+
+def wait_for(stack: Stack, batch: Batch, num_lines: int) -> None:
+    stack.wait_until(lambda: num_answered(stack, batch) >= num_lines, f"{num_lines} answers", 60)
+
+
+def wait_for_long_lines(stack: Stack, batch: Batch) -> None:
+    wait_for(stack, batch, LONG.start - 1)
+    ids = [uuid.uuid5(id_of(batch), str(number)) for number in LONG]
+    running = "SELECT count(*) FROM jobs WHERE status = 'running' AND id = ANY(%s)"
+    stack.wait_until(lambda: stack.query(running, ids)[0][0] >= SLOTS // 2, "long lines under way", 60)
+
+
+def jobs(stack: Stack, batch: Batch, what: str) -> Any:
+    return stack.query(f"SELECT {what} FROM jobs WHERE metadata ->> 'batch_id' = %s", batch.id)
 
 
 def check(stack: Stack, client: openai.OpenAI, batch: Batch) -> None:
     """Every line is answered, by its own answer, once; and no job was made twice."""
-    stack.wait_until(lambda: client.batches.retrieve(batch.id).status == "completed", "a completed batch", 60)
+    stack.wait_until(lambda: client.batches.retrieve(batch.id).status == "completed", "a completed batch", 90)
     done = client.batches.retrieve(batch.id)
     assert done.request_counts is not None
     assert (done.request_counts.total, done.request_counts.completed, done.request_counts.failed) == (
@@ -64,101 +104,115 @@ def check(stack: Stack, client: openai.OpenAI, batch: Batch) -> None:
     texts = {one["custom_id"]: one["response"]["body"]["choices"][0]["text"] for one in output}
     assert len(output) == NUM_LINES
     assert texts == {f"id-{n}": f"line {n}" for n in range(NUM_LINES)}
-    assert stack.query("SELECT count(*), count(DISTINCT payload) FROM jobs") == [(NUM_LINES, NUM_LINES)]
+    assert jobs(stack, batch, "count(*), count(DISTINCT payload)") == [(NUM_LINES, NUM_LINES)]
     assert stack.query("SELECT count(*) FROM batch_items") == [(0,)]
 
 
-def runs(stack: Stack) -> int:
+def runs(stack: Stack, batch: Batch) -> int:
     """How often a job of the batch was run."""
-    return int(stack.query("SELECT sum(attempt) FROM jobs")[0][0])
+    return int(jobs(stack, batch, "sum(attempt)")[0][0])
 
 
-def test_a_killed_batcher_goes_on_where_it_was(stack: Stack) -> None:
-    with client_of(stack) as client:
-        batch = begin(client)
-        for reached in (50, 150, 250):
-            wait_for(stack, reached)
-            stack.kill("batcher")
-            stack.start_batcher()
-        check(stack, client, batch)
-    assert runs(stack) == NUM_LINES, "nothing ran twice"
+def test_a_killed_batcher_goes_on_where_it_was(stack: Stack, client: openai.OpenAI) -> None:
+    batch = begin(client)
+    for reached in (30, 120):
+        wait_for(stack, batch, reached)
+        stack.kill("batcher")
+        stack.start_batcher()
+    check(stack, client, batch)
+    assert runs(stack, batch) == NUM_LINES, "nothing ran twice"
 
 
-def test_a_killed_worker_costs_only_what_it_was_running(stack: Stack) -> None:
-    with client_of(stack) as client:
-        batch = begin(client)
-        wait_for(stack, 100)
-        stack.kill("echo")
-        stack.start_worker("echo", slots=16)
-        check(stack, client, batch)
-    assert NUM_LINES < runs(stack) <= NUM_LINES + 16
+def test_a_killed_worker_costs_only_what_it_was_running(stack: Stack, client: openai.OpenAI) -> None:
+    batch = begin(client, with_long_lines)
+    wait_for_long_lines(stack, batch)
+    stack.kill("echo")
+    stack.start_worker("echo", slots=SLOTS)
+    check(stack, client, batch)
+    assert NUM_LINES < runs(stack, batch) <= NUM_LINES + SLOTS
 
 
-def test_a_killed_gateway_is_not_missed(stack: Stack) -> None:
-    port = free_port()
-    with client_of(stack) as client:
-        batch = begin(client)
-        wait_for(stack, 100)
-        stack.kill("gateway")
-        answered = num_answered(stack)
-        wait_for(stack, answered + 50)
-        stack.start_gateway("gateway2", port)
-    with client_of(stack, port) as client:
-        check(stack, client, batch)
-    assert runs(stack) == NUM_LINES
+def test_a_killed_gateway_is_not_missed(stack: Stack, client: openai.OpenAI) -> None:
+    batch = begin(client)
+    wait_for(stack, batch, 30)
+    stack.kill("gateway")
+    wait_for(stack, batch, NUM_LINES)
+    stack.start_gateway()
+    check(stack, client, batch)
+    assert runs(stack, batch) == NUM_LINES
 
 
-def test_two_batchers_do_the_work_of_one(stack: Stack) -> None:
+def test_two_batchers_do_the_work_of_one(stack: Stack, client: openai.OpenAI) -> None:
     stack.start_batcher("second")
-    with client_of(stack) as client:
-        batch = begin(client)
-        wait_for(stack, 100)
-        stack.kill("batcher")
-        check(stack, client, batch)
-    assert runs(stack) == NUM_LINES
+    batch = begin(client)
+    wait_for(stack, batch, 30)
+    stack.kill("batcher")
+    check(stack, client, batch)
+    assert runs(stack, batch) == NUM_LINES
 
 
-def test_a_stopped_batcher_hands_over(stack: Stack) -> None:
-    with client_of(stack) as client:
-        batch = begin(client)
-        wait_for(stack, 100)
-        assert stack.stop("batcher") == 0
-        stack.start_batcher()
-        check(stack, client, batch)
-    assert runs(stack) == NUM_LINES
+def test_a_stopped_batcher_hands_over(stack: Stack, client: openai.OpenAI) -> None:
+    batch = begin(client)
+    wait_for(stack, batch, 30)
+    assert stack.stop("batcher") == 0
+    stack.start_batcher()
+    check(stack, client, batch)
+    assert runs(stack, batch) == NUM_LINES
 
 
-def test_what_was_answered_while_the_batcher_was_away_is_kept_when_it_is_cancelled(stack: Stack) -> None:
-    with client_of(stack) as client:
-        batch = begin(client, 300)
-        wait_for(stack, 32)
-        stack.kill("batcher")
-        live = "SELECT count(*) FROM jobs WHERE status IN ('queued', 'running')"
-        stack.wait_until(lambda: stack.query(live) == [(0,)], "jobs that end without it")
-        succeeded = stack.query("SELECT count(*) FROM jobs WHERE status = 'succeeded'")[0][0]
-        assert succeeded > num_answered(stack)
-        client.batches.cancel(batch.id)
-        stack.start_batcher()
-        stack.wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled", "a cancelled batch")
-        done: Any = client.batches.retrieve(batch.id)
+def test_what_was_answered_while_the_batcher_was_away_is_kept_when_it_is_cancelled(
+    stack: Stack, client: openai.OpenAI
+) -> None:
+    batch = begin(client, with_long_lines)
+    wait_for_long_lines(stack, batch)
+    stack.kill("batcher")
+    live = "SELECT count(*) FROM jobs WHERE status IN ('queued', 'running')"
+    stack.wait_until(lambda: stack.query(live) == [(0,)], "jobs that end without it", 60)
+    succeeded = jobs(stack, batch, "count(*) FILTER (WHERE status = 'succeeded')")[0][0]
+    assert succeeded > num_answered(stack, batch)
+    client.batches.cancel(batch.id)
+    stack.start_batcher()
+    stack.wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled", "a cancelled batch", 60)
+    done: Any = client.batches.retrieve(batch.id)
     assert (done.request_counts.completed, done.request_counts.failed) == (succeeded, NUM_LINES - succeeded)
 
 
-def test_a_killed_batcher_validates_again(stack: Stack) -> None:
+def test_a_killed_batcher_validates_again(stack: Stack, client: openai.OpenAI) -> None:
     """The first one dies in the middle of the input."""
     stack.kill("batcher")
     stack.patches["batcher"] = (
         "import os; from db import batches; add = batches.add_items\n"
         "def half(cursor, groups):\n"
-        "    add(cursor, [groups[0][:200]]); os._exit(9)\n"
+        "    add(cursor, [groups[0][:100]]); os._exit(9)\n"
         "batches.add_items = half\n"
     )
-    with client_of(stack) as client:
-        batch = begin(client, 1)
-        stack.start_batcher()
-        assert stack.processes["batcher"].wait(30) == 9
-        assert stack.query("SELECT status, (SELECT count(*) FROM batch_items) FROM batches") == [("validating", 200)]
-        stack.patches.clear()
-        stack.start_batcher()
-        check(stack, client, batch)
-    assert runs(stack) == NUM_LINES
+    batch = begin(client)
+    stack.start_batcher()
+    assert stack.processes["batcher"].wait(60) == 9
+    left = "SELECT status, (SELECT count(*) FROM batch_items) FROM batches WHERE id = %s"
+    assert stack.query(left, id_of(batch)) == [("validating", 100)]
+    stack.patches.clear()
+    stack.start_batcher()
+    check(stack, client, batch)
+    assert runs(stack, batch) == NUM_LINES
+
+
+def test_a_batch_that_cannot_be_validated_holds_up_no_other(stack: Stack, client: openai.OpenAI) -> None:
+    stack.kill("batcher")
+    stack.patches["batcher"] = (
+        "from db import batches; begin = batches.begin\n"
+        "def broken(cursor, valid):\n"
+        "    cursor.execute('SELECT max(created_at) FROM batches')\n"
+        "    last = cursor.fetchone()[0]\n"
+        "    cursor.execute('SELECT 1 FROM batches WHERE id = %s AND created_at < %s', (valid[0].id, last))\n"
+        "    if cursor.fetchone(): raise RuntimeError('not now')\n"
+        "    return begin(cursor, valid)\n"
+        "batches.begin = broken\n"
+    )
+    stuck, free = begin(client, name="stuck"), begin(client)
+    stack.start_batcher()
+    stack.wait_until(lambda: client.batches.retrieve(free.id).status == "completed", "the batch behind it", 60)
+    assert client.batches.retrieve(stuck.id).status == "validating"
+    client.batches.cancel(stuck.id)
+    stack.wait_until(lambda: client.batches.retrieve(stuck.id).status == "cancelled", "a cancelled batch", 60)
+    stack.kill("batcher")

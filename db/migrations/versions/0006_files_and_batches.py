@@ -54,6 +54,7 @@ def upgrade() -> None:
         sa.Column("completion_window", sa.Text(), nullable=False),
         sa.Column("metadata", postgresql.JSONB(), nullable=True),
         sa.Column("output_ttl_s", sa.Integer(), nullable=False),
+        sa.Column("webhook", postgresql.JSONB(), nullable=True),
         sa.Column("status", sa.Text(), server_default=sa.text("'validating'"), nullable=False),
         sa.Column("model", sa.Text(), nullable=True),
         sa.Column("errors", postgresql.JSONB(), nullable=True),

@@ -112,34 +112,39 @@ def test_a_batch_from_file_to_file(client: openai.OpenAI) -> None:
     assert file.expires_at == file.created_at + 2_592_000
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "body", "key"),
-    [
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "choices"),
-        ("/v1/completions", {"prompt": "x"}, "choices"),
-        ("/v1/embeddings", {"input": ["x", "y"]}, "data"),
-        ("/v1/classify", {"input": "x"}, "data"),
-        ("/v1/rerank", {"query": "x", "documents": ["x", "y"]}, "results"),
-        ("/v1/score", {"queries": "x", "documents": ["x", "y"]}, "data"),
-        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}, "content"),
-        ("/embed", {"inputs": "x"}, 0),
-        ("/predict", {"inputs": "x"}, 0),
-        ("/rerank", {"query": "x", "texts": ["x", "y"]}, 0),
-    ],
-)
-def test_every_inference_endpoint(client: openai.OpenAI, endpoint: str, body: dict[str, Any], key: Any) -> None:
-    asked = {"custom_id": "a", "method": "POST", "url": endpoint, "body": {"model": "auto"} | body}
-    wrong = {"custom_id": "b", "method": "POST", "url": endpoint, "body": {"model": "auto", "no_such_field": 1} | body}
+ENDPOINTS: list[tuple[str, dict[str, Any], Any]] = [
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "choices"),
+    ("/v1/completions", {"prompt": "x"}, "choices"),
+    ("/v1/embeddings", {"input": ["x", "y"]}, "data"),
+    ("/v1/classify", {"input": "x"}, "data"),
+    ("/v1/rerank", {"query": "x", "documents": ["x", "y"]}, "results"),
+    ("/v1/score", {"queries": "x", "documents": ["x", "y"]}, "data"),
+    ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}, "content"),
+    ("/embed", {"inputs": "x"}, 0),
+    ("/predict", {"inputs": "x"}, 0),
+    ("/rerank", {"query": "x", "texts": ["x", "y"]}, 0),
+]
+"""With a body, and where its answer has something."""
+
+
+def test_every_inference_endpoint(client: openai.OpenAI) -> None:
+    assert [endpoint for endpoint, _, _ in ENDPOINTS] == list(schemas.ENDPOINTS)
     fields: dict[str, Any] = {"output_expires_after": {"anchor": "created_at", "seconds": 7200}}
-    done = finish(client, start(client, [asked, wrong], endpoint, **fields))
-    assert (done.status, counts(done), done.model) == ("completed", (2, 1, 1), "auto")
-    answer = read(client, done.output_file_id)["a"]["response"]
-    assert (answer["status_code"], bool(answer["body"][key])) == (200, True)
-    refused = read(client, done.error_file_id)["b"]["response"]
-    assert refused["status_code"] in (400, 422)
-    assert refused["body"]["error"]
-    file = client.files.retrieve(done.output_file_id or "")
-    assert file.expires_at == file.created_at + 7200
+    started = []
+    for endpoint, body, _ in ENDPOINTS:
+        asked = {"custom_id": "a", "method": "POST", "url": endpoint, "body": {"model": "auto"} | body}
+        wrong = asked | {"custom_id": "b", "body": {"model": "auto", "no_such_field": 1} | body}
+        started.append(start(client, [asked, wrong], endpoint, **fields))
+    for made, (endpoint, _, key) in zip(started, ENDPOINTS, strict=True):
+        done = finish(client, made)
+        assert (done.status, counts(done), done.model) == ("completed", (2, 1, 1), "auto"), endpoint
+        answer = read(client, done.output_file_id)["a"]["response"]
+        assert (answer["status_code"], bool(answer["body"][key])) == (200, True)
+        refused = read(client, done.error_file_id)["b"]["response"]
+        assert refused["status_code"] in (400, 422)
+        assert refused["body"]["error"]
+        file = client.files.retrieve(done.output_file_id or "")
+        assert file.expires_at == file.created_at + 7200
 
 
 def test_the_endpoints_of_batches_are_those_of_jobs() -> None:
@@ -262,7 +267,8 @@ def test_a_strangers_batch_is_unknown(client: openai.OpenAI, stack: Stack) -> No
 
 
 def test_batches_are_listed_page_by_page(client: openai.OpenAI) -> None:
-    made = [finish(client, start(client, [line(n)])).id for n in range(3)]
+    started = [start(client, [line(n)]) for n in range(3)]
+    made = [finish(client, batch).id for batch in started]
     assert [batch.id for batch in client.batches.list(limit=2)][:3] == made[::-1], "the pages follow each other"
     assert client.batches.list(after=made[1], limit=1).data[0].id == made[0]
 
@@ -406,42 +412,31 @@ def test_a_model_that_goes_while_the_batch_runs_is_refused_by_name(stack: Stack,
         assert {one["response"]["body"]["error"]["code"] for one in left} == {"model_not_found"}
 
 
-def test_lines_over_a_rate_wait_for_it(stack: Stack, client: openai.OpenAI, admin: httpx.Client) -> None:
-    key, mine = limited(stack, admin, limits={"requests_per_minute": 5})
-    with mine:
-        made = start(mine, [line(n) for n in range(12)])
-        stack.wait_until(lambda: counts(mine.batches.retrieve(made.id))[1] == 5, "as many as the rate allows", 60)
-        finish(client, start(client, [line(1)]))  # others are not held up
-        assert counts(mine.batches.retrieve(made.id)) == (12, 5, 0)
-        admin.patch(f"/admin/v1/keys/{key['id']}", json={"limits": {"requests_per_minute": 100}}).raise_for_status()
-        done = finish(mine, made)
-        assert (done.status, counts(done)) == ("completed", (12, 12, 0))
-
-
-def test_lines_over_a_budget_wait_for_it_and_are_charged_once(
+def test_lines_over_a_limit_wait_for_it_and_are_charged_once(
     stack: Stack, client: openai.OpenAI, admin: httpx.Client
 ) -> None:
-    key, mine = limited(stack, admin, tenant="budget", limits={"daily_tokens": 85})
-    with mine:
+    rated, rate = limited(stack, admin, limits={"requests_per_minute": 5})
+    bounded, budget = limited(stack, admin, tenant="budget", limits={"daily_tokens": 85})
+    _, narrow = limited(stack, admin, tenant="narrow", limits={"max_concurrent": 2})
+    with rate, budget, narrow:
+        few = start(rate, [line(n) for n in range(12)])
         # Each of ten tokens, answered with as many: four fit.
-        made = start(mine, [line(n, prompt=f"line {n:05}", max_tokens=10) for n in range(12)])
-        stack.wait_until(lambda: counts(mine.batches.retrieve(made.id))[1] == 4, "as many as the budget allows", 60)
-        finish(client, start(client, [line(1)]))
-        assert counts(mine.batches.retrieve(made.id)) == (12, 4, 0)
-        admin.patch(f"/admin/v1/keys/{key['id']}", json={"limits": {"daily_tokens": 1000}}).raise_for_status()
-        done = finish(mine, made)
-        assert (done.status, counts(done)) == ("completed", (12, 12, 0))
+        poor = start(budget, [line(n, prompt=f"line {n:05}", max_tokens=10) for n in range(12)])
+        slow = start(narrow, [line(n, options={"first_token_ms": 20}) for n in range(20)])
+        stack.wait_until(lambda: counts(rate.batches.retrieve(few.id))[1] == 5, "as many as the rate allows", 60)
+        stack.wait_until(lambda: counts(budget.batches.retrieve(poor.id))[1] == 4, "as many as the budget allows", 60)
+        finish(client, start(client, [line(1)]))  # others are not held up
+        assert counts(rate.batches.retrieve(few.id)) == (12, 5, 0)
+        assert counts(budget.batches.retrieve(poor.id)) == (12, 4, 0)
+        for key, limits in ((rated, {"requests_per_minute": 100}), (bounded, {"daily_tokens": 1000})):
+            admin.patch(f"/admin/v1/keys/{key['id']}", json={"limits": limits}).raise_for_status()
+        for owner, made, num_lines in ((rate, few, 12), (budget, poor, 12), (narrow, slow, 20)):
+            done = finish(owner, made)
+            assert (done.status, counts(done)) == ("completed", (num_lines, num_lines, 0))
     unsettled = "SELECT 1 FROM jobs WHERE reserved_tokens IS NOT NULL AND NOT is_settled"
     stack.wait_until(lambda: not stack.query(unsettled), "settling", 60)
     spent = "SELECT sum(spent_tokens), sum(num_live), sum(reserved_tokens) FROM budget_days WHERE tenant = 'budget'"
     assert stack.query(spent) == [(12 * 20, 0, 0)]
-
-
-def test_no_more_lines_at_a_time_than_the_key_may_have_jobs(stack: Stack, admin: httpx.Client) -> None:
-    _, mine = limited(stack, admin, tenant="narrow", limits={"max_concurrent": 2})
-    with mine:
-        done = finish(mine, start(mine, [line(n, options={"first_token_ms": 20}) for n in range(20)]))
-        assert (done.status, counts(done)) == ("completed", (20, 20, 0))
 
 
 def test_what_no_budget_ever_holds_is_expired_and_what_no_minute_holds_is_refused(
@@ -463,7 +458,7 @@ def test_what_no_budget_ever_holds_is_expired_and_what_no_minute_holds_is_refuse
 
 
 def test_a_keys_default_timeout_is_not_for_lines_that_nobody_waits_for(stack: Stack, admin: httpx.Client) -> None:
-    _, mine = limited(stack, admin, tenant="hasty", timeout_s=0.3)
+    _, mine = limited(stack, admin, tenant="hasty", timeout_s=0.2)
     with mine:
-        done = finish(mine, start(mine, [line(1, options={"first_token_ms": 1000})]))
+        done = finish(mine, start(mine, [line(1, options={"first_token_ms": 600})]))
         assert (done.status, counts(done)) == ("completed", (1, 1, 0))

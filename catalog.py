@@ -80,6 +80,8 @@ class LimitsEntry(_Entry):
     json_nodes: int = Field(100_000, ge=100)
     inputs: int = Field(2048, ge=1, description="Texts in one embeddings, classify or rerank request.")
     n: int = Field(16, ge=1, description="Choices of one generation request.")
+    file_bytes: int = Field(209_715_200, ge=1024, description="Size of an uploaded file.")
+    batch_lines: int = Field(50_000, ge=1, description="Requests in one batch.")
 
 
 class CacheEntry(_Entry):

@@ -8,9 +8,24 @@ from fastapi import FastAPI
 import settings
 from api import description, error_forms, errors
 from api.auth import Keys
+from api.batch_answers import Batches
+from api.files import Files
 from api.gateway import Gateway
 from api.request_log import RequestLog
-from api.routes import admin, cache, health, inference, jobs, messages, models, responses, tei, webhooks
+from api.routes import (
+    admin,
+    batches,
+    cache,
+    files,
+    health,
+    inference,
+    jobs,
+    messages,
+    models,
+    responses,
+    tei,
+    webhooks,
+)
 
 VERSION = "0.1.0"
 
@@ -21,7 +36,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.is_stopping = False
     app.state.keys = Keys(config.database_url)
     app.state.gateway = Gateway(config)
+    app.state.files = Files(config.database_url)
+    app.state.batches = Batches(config.database_url)
     yield
+    await app.state.batches.close()
+    await app.state.files.close()
     await app.state.gateway.close()
     await app.state.keys.close()
 
@@ -29,7 +48,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app() -> FastAPI:
     """The ASGI application of one gateway process."""
     app = FastAPI(title="Switchyard", version=VERSION, lifespan=_lifespan, docs_url="/docs", redoc_url=None)
-    for family in (inference, responses, messages, tei, jobs, webhooks, models, cache, admin, health):
+    for family in (inference, responses, messages, tei, jobs, files, batches, webhooks, models, cache, admin, health):
         app.include_router(family.router)
     for more in (models.aliases, tei.descriptions):
         app.include_router(more)

@@ -158,6 +158,14 @@ class WebhookSecretMissing(InvalidRequest):
     )
 
 
+class FileNotFound(InvalidRequest):
+    status, code, default = 404, "file_not_found", "There is no such file."
+
+
+class BatchNotFound(InvalidRequest):
+    status, code, default = 404, "batch_not_found", "There is no such batch."
+
+
 class NotFound(InvalidRequest):
     status, code, default = 404, "not_found", "There is no such path."
 
@@ -225,6 +233,13 @@ class InsufficientQuota(APIError):
     default_retry_s = 60.0
     is_permanent = True
     problem = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+
+
+class TooManyUploads(APIError):
+    status, type, code = 429, "rate_limit_error", "too_many_uploads"
+    default = "This gateway is taking as many uploads as it can."
+    default_retry_s = 1.0
+    problem = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
 
 
 class QueueFull(APIError):

@@ -4,6 +4,7 @@ import hashlib
 
 import orjson
 
+from api.schemas.batches import BatchRequest
 from api.wishes import Wish
 from catalog import ModelSpec
 from tasks.call import Call
@@ -18,6 +19,11 @@ def cache_key(call: Call, model: ModelSpec, tenant: str) -> bytes:
     scope = [tenant, model.name, model.revision, model.context_length, entry.default_max_tokens, entry.mask]
     canonical = orjson.dumps([scope, call.canonical()], option=_CANONICAL)
     return hashlib.sha256(_KEY_VERSION + canonical).digest()
+
+
+def batch(wanted: BatchRequest) -> bytes:
+    """As `request`, for POST /v1/batches; no job's is the same."""
+    return hashlib.sha256(orjson.dumps(["batch", wanted.model_dump()], option=_CANONICAL)).digest()
 
 
 def request(call: Call, wish: Wish) -> bytes:

@@ -118,7 +118,8 @@ class Gateway:
         self._redis = transport.connect(config.redis_url)
         self._outbox = transport.Outbox(self._redis)
         self._shares = FairShare()
-        self.rate_limits = RateLimits(Limiter(self._redis, num_processes=config.gateway_processes))
+        # The batcher is a gateway too: its lines count against the same limits.
+        self.rate_limits = RateLimits(Limiter(self._redis, num_processes=config.gateway_processes + 1))
         self.subscriber = Subscriber(config.redis_url, self._shares.ended)
         self.loads: dict[str, Load] = {}
         self._quarantined: frozenset[bytes] = frozenset()
@@ -412,7 +413,7 @@ class Gateway:
         assert decision.chosen is not None
         price = self.catalog.models[call.model].entry.price
         return NewJob(
-            id=ids.uuid7(),
+            id=wish.job_id or ids.uuid7(),
             tenant=caller.tenant,
             api_key_id=caller.id,
             request_id=request_id,

@@ -1,4 +1,4 @@
-"""Ids of jobs."""
+"""Ids: how they are made, and how OpenAI writes them."""
 
 import os
 import time
@@ -21,3 +21,15 @@ def _random_bits() -> int:
     bits = int.from_bytes(_entropy[-10:], "big")
     del _entropy[-10:]
     return bits
+
+
+def to_wire(prefix: str, value: uuid.UUID) -> str:
+    """An id in OpenAI's manner, such as `file-…` or `batch_…`."""
+    return prefix + value.hex
+
+
+def from_wire(prefix: str, text: str) -> uuid.UUID | None:
+    """The id behind such a text; None for anything else."""
+    digits = text.removeprefix(prefix)
+    is_one = text.startswith(prefix) and len(digits) == 32 and set(digits) <= set("0123456789abcdef")
+    return uuid.UUID(hex=digits) if is_one else None

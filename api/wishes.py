@@ -6,6 +6,7 @@
 
 import functools
 import re
+import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,6 +59,8 @@ class Wish:
     """OpenAI's SDK says that it sends this again."""
     is_plain: bool = False
     """No header asked for anything."""
+    job_id: uuid.UUID | None = None
+    """Of the job to be made, where asking again must lead to the same one."""
 
 
 def read(headers: Headers, longest_wait_s: float) -> Wish:

@@ -5,6 +5,7 @@ session and dies with this one; nothing is left behind.
 """
 
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +50,11 @@ class Stack:
     home: Path
     database_url: str
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    spawns: dict[str, Callable[[], subprocess.Popen[bytes]]] = field(default_factory=dict)
+
+    def restart(self, name: str) -> None:
+        """Start a process that has ended again, as the supervisor would."""
+        self.processes[name] = self.spawns[name]()
 
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"}
@@ -130,9 +136,15 @@ def _start(made: Stack, settings: Settings, extra: Mapping[str, str]) -> None:
     for spec in stack.plan(settings, declared, urls):
         if spec.name == "flower":
             continue
-        process = spawn.spawn(
-            spec.argv, env=environment(common | dict(spec.env)), cwd=ROOT, log=made.home / f"{spec.name}.log"
+        start = functools.partial(
+            spawn.spawn,
+            spec.argv,
+            env=environment(common | dict(spec.env)),
+            cwd=ROOT,
+            log=made.home / f"{spec.name}.log",
         )
+        made.spawns[spec.name] = start
+        process = start()
         if spec.once:
             if process.wait(READY_S) != 0:
                 raise StackError(f"{spec.name} failed:\n{_tail(made, spec.name)}")

@@ -185,6 +185,21 @@ def insert_once(cursor: Cursor, wanted: Sequence[tuple[Idempotency, NewJob]]) ->
 def insert_keyed(cursor: Cursor, wanted: Sequence[tuple[Idempotency, NewJob]]) -> list[Reserved]:
     """`insert_once` inside the transaction of whoever calls."""
     first = {(one.api_key_id, one.key): (one, job) for one, job in reversed(wanted)}
+    held = hold_keys(cursor, [(one, job.id) for one, job in first.values()])
+    mine = [job for name, (_, job) in first.items() if held[name][0] == job.id]
+    made = {one.id: one for one in insert(cursor, mine)}
+    answers = []
+    for one, job in wanted:
+        job_id, fingerprint = held[one.api_key_id, one.key]
+        answers.append(Reserved(job_id, fingerprint, made.get(job_id) if job_id == job.id else None))
+    return answers
+
+
+def hold_keys(
+    cursor: Cursor, wanted: Sequence[tuple[Idempotency, uuid.UUID]]
+) -> dict[tuple[uuid.UUID, str], tuple[uuid.UUID, bytes]]:
+    """Let each key, named once, stand for an id unless it stands for another: what each (API key, key) stands for
+    then, and the fingerprint that came with it."""
     rows = execute_values(
         cursor,
         """
@@ -196,19 +211,17 @@ def insert_keyed(cursor: Cursor, wanted: Sequence[tuple[Idempotency, NewJob]]) -
             expires_at = CASE WHEN k.expires_at > clock_timestamp() THEN k.expires_at ELSE excluded.expires_at END
         RETURNING api_key_id, key, job_id, fingerprint
         """,
-        [(one.api_key_id, one.key, one.fingerprint, job.id) for _, (one, job) in sorted(first.items())],
+        sorted((one.api_key_id, one.key, one.fingerprint, made_id) for one, made_id in wanted),
         template="(%s::uuid, %s, %s::bytea, %s::uuid, clock_timestamp() + interval '24 h')",
         page_size=1000,
         fetch=True,
     )
-    held = {(row[0], row[1]): (row[2], bytes(row[3])) for row in rows}
-    mine = [job for name, (_, job) in first.items() if held[name][0] == job.id]
-    made = {one.id: one for one in insert(cursor, mine)}
-    answers = []
-    for one, job in wanted:
-        job_id, fingerprint = held[one.api_key_id, one.key]
-        answers.append(Reserved(job_id, fingerprint, made.get(job_id) if job_id == job.id else None))
-    return answers
+    return {(row[0], row[1]): (row[2], bytes(row[3])) for row in rows}
+
+
+def release_key(cursor: Cursor, one: Idempotency) -> None:
+    """Free a key in the transaction that held it: what it was to stand for was refused."""
+    cursor.execute("DELETE FROM idempotency_keys WHERE api_key_id = %s AND key = %s", (one.api_key_id, one.key))
 
 
 def find_key(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str]]) -> list[Reserved | None]:

@@ -121,6 +121,13 @@ def verify(cursor: Cursor, hashes: Sequence[bytes]) -> list[ApiKey | None]:
     return [found.get(value) for value in hashes]
 
 
+def by_id(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[ApiKey | None]:
+    """The key with each id, living or not."""
+    cursor.execute(f"SELECT {_COLUMNS} FROM {_TABLES} WHERE k.id = ANY(%s)", (list(ids),))  # noqa: S608
+    found = {key.id: key for key in map(_key, cursor.fetchall())}
+    return [found.get(key_id) for key_id in ids]
+
+
 def find(cursor: Cursor, tenant: str | None = None) -> list[ApiKey]:
     """Every key, or a tenant's, newest first."""
     cursor.execute(
@@ -133,9 +140,7 @@ def find(cursor: Cursor, tenant: str | None = None) -> list[ApiKey]:
 
 def get(cursor: Cursor, key_id: uuid.UUID) -> ApiKey | None:
     """The key with this id, living or not."""
-    cursor.execute(f"SELECT {_COLUMNS} FROM {_TABLES} WHERE k.id = %s", (key_id,))  # noqa: S608
-    row = cursor.fetchone()
-    return None if row is None else _key(row)
+    return by_id(cursor, [key_id])[0]
 
 
 def resolve(cursor: Cursor, id_or_prefix: str) -> uuid.UUID | None:

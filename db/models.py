@@ -39,9 +39,27 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
 RETRYABLE = frozenset({JobStatus.FAILED, JobStatus.EXPIRED})
 """The owner of such a job may have it queued again. Nothing else leaves a final state."""
 
+
+class BatchStatus(enum.StrEnum):
+    """Where a batch is. OpenAI's words."""
+
+    VALIDATING = "validating"
+    FAILED = "failed"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+
+BATCH_LIVE = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
+
 _TIMESTAMP = TIMESTAMP(timezone=True)
 _NOW = text("clock_timestamp()")
 _STATUSES = ", ".join(f"'{status}'" for status in JobStatus)
+_BATCH_STATUSES = ", ".join(f"'{status}'" for status in BatchStatus)
+_BATCH_LIVE = ", ".join(f"'{status}'" for status in BATCH_LIVE)
 
 
 class Base(DeclarativeBase):
@@ -256,6 +274,7 @@ class IdempotencyKey(Base):
     fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
     """SHA-256 of what was asked."""
     job_id: Mapped[uuid.UUID]
+    """Or the batch's."""
     expires_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP)
 
     __table_args__ = (Index("idempotency_keys_expiry", "expires_at"),)
@@ -365,3 +384,93 @@ class RequestLog(Base):
     prompt: Mapped[str | None] = mapped_column(Text)
 
     __table_args__ = (Index("request_log_time", "created_at"), Index("request_log_tenant", "tenant", "created_at"))
+
+
+class File(Base):
+    """What a caller uploaded, or what a batch answered. Its bytes lie in `file_chunks`."""
+
+    __tablename__ = "files"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(Text)
+    filename: Mapped[str] = mapped_column(Text)
+    purpose: Mapped[str] = mapped_column(Text)
+    num_bytes: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    is_whole: Mapped[bool] = mapped_column(server_default=text("false"))
+    """Until then nobody sees it."""
+    created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    expires_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+
+    __table_args__ = (
+        Index("files_by_tenant", "tenant", "created_at", "id"),
+        Index("files_expiry", "expires_at"),
+        Index("files_unfinished", "created_at", postgresql_where=text("NOT is_whole")),
+    )
+
+
+class FileChunk(Base):
+    """A piece of a file, by its first byte's place in it."""
+
+    __tablename__ = "file_chunks"
+
+    file_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("files.id", ondelete="CASCADE"), primary_key=True)
+    start: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class Batch(Base):
+    """Many requests in one file, answered into files within a window of hours."""
+
+    __tablename__ = "batches"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(Text)
+    api_key_id: Mapped[uuid.UUID]
+    endpoint: Mapped[str] = mapped_column(Text)
+    input_file_id: Mapped[uuid.UUID]
+    completion_window: Mapped[str] = mapped_column(Text)
+    metadata_: Mapped[dict[str, str] | None] = mapped_column("metadata", JSONB)
+    output_ttl_s: Mapped[int]
+    """Seconds that its output files are kept."""
+    webhook: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    status: Mapped[str] = mapped_column(Text, server_default=text("'validating'"))
+    model: Mapped[str | None] = mapped_column(Text)
+    """Where all its lines name the same."""
+    errors: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB)
+    output_file_id: Mapped[uuid.UUID | None]
+    error_file_id: Mapped[uuid.UUID | None]
+    num_total: Mapped[int] = mapped_column(server_default=text("0"))
+    num_completed: Mapped[int] = mapped_column(server_default=text("0"))
+    num_failed: Mapped[int] = mapped_column(server_default=text("0"))
+    input_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    output_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    created_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP, server_default=_NOW)
+    expires_at: Mapped[datetime.datetime] = mapped_column(_TIMESTAMP)
+    in_progress_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    finalizing_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    completed_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    failed_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    expired_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    cancelling_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+    cancelled_at: Mapped[datetime.datetime | None] = mapped_column(_TIMESTAMP)
+
+    __table_args__ = (
+        CheckConstraint(f"status IN ({_BATCH_STATUSES})", name="batches_status"),
+        Index("batches_by_tenant", "tenant", "created_at", "id"),
+        Index("batches_live", "created_at", postgresql_where=text(f"status IN ({_BATCH_LIVE})")),
+        Index("batches_input", "input_file_id"),
+    )
+
+
+class BatchItem(Base):
+    """A line of a batch's input that has no line in its output yet."""
+
+    __tablename__ = "batch_items"
+
+    batch_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
+    line: Mapped[int] = mapped_column(primary_key=True)
+    custom_id: Mapped[str] = mapped_column(Text)
+    model: Mapped[str] = mapped_column(Text)
+    start: Mapped[int] = mapped_column(BigInteger)
+    """Of its first byte in the input file."""
+    num_bytes: Mapped[int]

@@ -148,6 +148,7 @@ def plan(
         ),
         *_worker_specs(declared, common, stop_s, is_vllm=False),
         Spec("reconciler", _python("tasks.reconciler"), common, stop_s=stop_s),
+        Spec("batcher", _python("api.batcher"), common, stop_s=stop_s),
         Spec("flower", _flower(config.flower_port), common | {"FLOWER_BASIC_AUTH": _flower_credentials(home)}),
         *_worker_specs(declared, common, stop_s, is_vllm=True),
     ]

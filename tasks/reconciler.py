@@ -20,7 +20,20 @@ import structlog
 
 import catalog
 import settings
-from db import accept, budgets, cache, flights, job_views, recovery, request_log, session, webhooks, workers
+from db import (
+    accept,
+    batches,
+    budgets,
+    cache,
+    files,
+    flights,
+    job_views,
+    recovery,
+    request_log,
+    session,
+    webhooks,
+    workers,
+)
 from db.session import Cursor
 from tasks import inference, logs, metrics, router, server_settings, transport
 from tasks.call import Call
@@ -153,6 +166,8 @@ def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheE
     workers.forget(cursor, config.result_ttl_s)
     accept.forget_keys(cursor)
     budgets.forget(cursor)
+    files.purge(cursor)
+    batches.purge(cursor)
 
 
 class Reconciler:

@@ -78,6 +78,9 @@ class Stack:
     def start_reconciler(self, name: str = "reconciler", **environment: str) -> None:
         self._start(name, ["-m", "tasks.reconciler"], environment)
 
+    def start_batcher(self, name: str = "batcher", **environment: str) -> None:
+        self._start(name, ["-m", "api.batcher"], environment)
+
     def start_worker(
         self, backend: str, name: str | None = None, slots: int = 64, wait_s: float = 30, **environment: str
     ) -> None:

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from api import errors
 from api.schemas import tei
 from api.schemas.admin import KeyChange, KeyRequest, TenantChange
+from api.schemas.batches import BatchRequest
 from api.schemas.chat import ChatRequest
 from api.schemas.classify import ClassifyRequest
 from api.schemas.completions import CompletionRequest
@@ -48,6 +49,7 @@ ENDPOINTS: Mapping[str, type[CallModel]] = {
 _OTHER_BODIES: Mapping[str, type[WireModel]] = {
     "/v1/jobs": JobRequest,
     "/v1/responses": ResponseRequest,
+    "/v1/batches": BatchRequest,
     "/v1/tokenize": TokenizeRequest,
     "/v1/detokenize": DetokenizeRequest,
     "/admin/v1/keys": KeyRequest,

@@ -76,7 +76,7 @@ class ChatRequest(Sampling):
                 shape["most_tool_calls"] = 1
         return Call(
             endpoint="/v1/chat/completions",
-            task="generate",
+            task=self.task,
             model=self.model,
             messages=[message.as_dict() for message in self.messages],
             n=self.n or 1,

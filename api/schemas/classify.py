@@ -14,6 +14,7 @@ class ClassifyRequest(CallModel):
     user: Label | None = None
     options: EchoOptions | None = None
 
+    task: ClassVar = "classify"
     no_effect: ClassVar = {
         **COMMON_NO_EFFECT,
         "add_special_tokens": (None, True),
@@ -25,7 +26,7 @@ class ClassifyRequest(CallModel):
     def to_call(self) -> Call:
         return Call(
             endpoint="/v1/classify",
-            task="classify",
+            task=self.task,
             model=self.model,
             inputs=self.input,
             options=self.options.given() if self.options else {},

@@ -47,7 +47,7 @@ class CompletionRequest(Sampling):
             shape["echo"] = True
         return Call(
             endpoint="/v1/completions",
-            task="generate",
+            task=self.task,
             model=self.model,
             inputs=self.prompt,
             n=self.n or 1,

@@ -18,6 +18,7 @@ class EmbeddingRequest(CallModel):
     user: Label | None = None
     options: EchoOptions | None = None
 
+    task: ClassVar = "embed"
     no_effect: ClassVar = {**COMMON_NO_EFFECT, "add_special_tokens": (None, True), "normalize": (None, True)}
 
     def to_call(self) -> Call:
@@ -26,7 +27,7 @@ class EmbeddingRequest(CallModel):
             shape["dimensions"] = self.dimensions
         return Call(
             endpoint="/v1/embeddings",
-            task="embed",
+            task=self.task,
             model=self.model,
             inputs=self.input,
             format=shape,

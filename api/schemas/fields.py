@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from api import decoding, errors
-from catalog import LimitsEntry
+from catalog import LimitsEntry, Task
 from tasks.call import Call
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -39,6 +39,7 @@ class WireModel(BaseModel):
 class CallModel(WireModel, ABC):
     """The body of an inference endpoint."""
 
+    task: ClassVar[Task] = "generate"
     text_fields: ClassVar[tuple[str, ...]] = ("input",)
     """The field that the call's inputs come from; or that of its queries, and that of its documents."""
 

@@ -258,7 +258,7 @@ class MessagesRequest(CallModel):
                 shape["most_tool_calls"] = 1
         return Call(
             endpoint=MESSAGES,
-            task="generate",
+            task=self.task,
             model=self.model,
             messages=_chat(self.system, self.messages),
             max_tokens=self.max_tokens,

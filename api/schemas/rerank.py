@@ -22,6 +22,7 @@ class RerankRequest(CallModel):
     user: Label | None = None
     options: EchoOptions | None = None
 
+    task: ClassVar = "rerank"
     text_fields: ClassVar = ("query", "documents")
     no_effect: ClassVar = {
         **COMMON_NO_EFFECT,
@@ -38,7 +39,7 @@ class RerankRequest(CallModel):
             shape["top_n"] = self.top_n
         return Call(
             endpoint="/v1/rerank",
-            task="rerank",
+            task=self.task,
             model=self.model,
             inputs=[self.query, *self.documents],
             format=shape,

@@ -25,6 +25,7 @@ class ScoreRequest(CallModel):
     user: Label | None = None
     options: EchoOptions | None = None
 
+    task: ClassVar = "rerank"
     text_fields: ClassVar = ("queries", "documents")
     no_effect: ClassVar = {
         **COMMON_NO_EFFECT,
@@ -57,7 +58,7 @@ class ScoreRequest(CallModel):
         shape: dict[str, Any] = {"num_queries": len(queries)} if len(queries) > 1 else {}
         return Call(
             endpoint="/v1/score",
-            task="rerank",
+            task=self.task,
             model=self.model,
             inputs=[*queries, *documents],
             format=shape,

@@ -69,13 +69,14 @@ class EmbedRequest(CallModel):
     dimensions: Annotated[int, Field(ge=1, le=65_536, description="Keep this many and normalise again.")] | None = None
     options: EchoOptions | None = None
 
+    task: ClassVar = "embed"
     text_fields: ClassVar = ("inputs",)
     no_effect: ClassVar = {**_NO_EFFECT, "normalize": (None, True)}
 
     def to_call(self) -> Call:
         return Call(
             endpoint="/embed",
-            task="embed",
+            task=self.task,
             model=self.model,
             inputs=self.inputs,
             format={} if self.dimensions is None else {"dimensions": self.dimensions},
@@ -90,6 +91,7 @@ class PredictRequest(CallModel):
     inputs: Annotated[Any, BeforeValidator(_as_batch), WithJsonSchema(_PREDICT_SCHEMA)]
     options: EchoOptions | None = None
 
+    task: ClassVar = "classify"
     text_fields: ClassVar = ("inputs",)
     no_effect: ClassVar = _NO_EFFECT
 
@@ -100,7 +102,7 @@ class PredictRequest(CallModel):
             shape["pairs"] = True
         return Call(
             endpoint="/predict",
-            task="classify",
+            task=self.task,
             model=self.model,
             inputs=[text for texts in batch.lists for text in texts],
             format=shape,
@@ -117,13 +119,14 @@ class RerankRequest(CallModel):
     return_text: bool | None = None
     options: EchoOptions | None = None
 
+    task: ClassVar = "rerank"
     text_fields: ClassVar = ("query", "texts")
     no_effect: ClassVar = _NO_EFFECT
 
     def to_call(self) -> Call:
         return Call(
             endpoint="/rerank",
-            task="rerank",
+            task=self.task,
             model=self.model,
             inputs=[self.query, *self.texts],
             format={"return_documents": True} if self.return_text else {},

@@ -1,4 +1,4 @@
-"""The `webhook` of a job or of a background response."""
+"""The `webhook` of a job, a background response or a batch."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,12 +10,14 @@ Url = Annotated[str, Field(min_length=1, max_length=2048, description="http or h
 JobEvent = Literal["job.succeeded", "job.failed", "job.cancelled", "job.expired"]
 ResponseEvent = Literal["response.completed", "response.failed", "response.cancelled", "response.incomplete"]
 
+BatchEvent = Literal["batch.completed", "batch.failed", "batch.expired", "batch.cancelled"]
+
 
 class _Webhook(WireModel):
     url: Url
 
     def kept(self) -> dict[str, Any]:
-        """As the job keeps it."""
+        """As what it waits for keeps it."""
         return self.model_dump(exclude_none=True)
 
 
@@ -29,3 +31,9 @@ class ResponseWebhook(_Webhook):
     """As a job's, in OpenAI's words."""
 
     events: Annotated[list[ResponseEvent], Field(min_length=1, max_length=4)] | None = None
+
+
+class BatchWebhook(_Webhook):
+    """As a job's, in OpenAI's words."""
+
+    events: Annotated[list[BatchEvent], Field(min_length=1, max_length=4)] | None = None

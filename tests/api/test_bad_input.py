@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from api import decoding, errors, schemas
+from api.schemas.batches import BatchRequest
 from api.schemas.messages import CountTokensRequest
 from api.schemas.responses import ResponseRequest
 from api.schemas.tokenize import DetokenizeRequest, TokenizeRequest
@@ -22,6 +23,7 @@ SCORE = "/v1/score"
 EMBED, PREDICT, RANK = "/embed", "/predict", "/rerank"
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 JOBS = "/v1/jobs"
+BATCHES = "/v1/batches"
 TOKENIZE = "/v1/tokenize"
 DETOKENIZE = "/v1/detokenize"
 RESPONSES = "/v1/responses"
@@ -39,6 +41,7 @@ VALID: dict[str, dict[str, Any]] = {
     PREDICT: {"model": "m", "inputs": SECRET},
     RANK: {"model": "m", "query": SECRET, "texts": [SECRET]},
     JOBS: {"endpoint": EMBEDDINGS, "body": {"model": "m", "input": SECRET}},
+    BATCHES: {"input_file_id": "f", "endpoint": EMBEDDINGS, "completion_window": "24h", "metadata": {"k": SECRET}},
     TOKENIZE: {"model": "m", "prompt": SECRET},
     DETOKENIZE: {"model": "m", "tokens": [1]},
     RESPONSES: {"model": "m", "input": SECRET},
@@ -55,6 +58,8 @@ def refusal(endpoint: str, body: bytes) -> errors.APIError:
             schemas.parse_job(decoded, LIMITS)
         elif endpoint == COUNT:
             schemas.read(CountTokensRequest, decoded)
+        elif endpoint == BATCHES:
+            schemas.read(BatchRequest, decoded)
         elif endpoint == TOKENIZE:
             schemas.read(TokenizeRequest, decoded)
         elif endpoint == DETOKENIZE:
@@ -82,7 +87,7 @@ def message(**fields: Any) -> list[dict[str, Any]]:
 
 WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     # endpoint, field, value, code, param (None: the field itself)
-    *[(endpoint, "model", value, "validation_error", None) for endpoint in VALID if endpoint != JOBS
+    *[(endpoint, "model", value, "validation_error", None) for endpoint in VALID if endpoint not in (JOBS, BATCHES)
       for value in (*(MISSING,)[: endpoint.startswith("/v1/")], 7, "", None, [SECRET], SECRET * 50)],
     (CHAT, "messages", MISSING, "validation_error", None),
     (CHAT, "messages", [], "validation_error", None),
@@ -345,6 +350,25 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     (JOBS, "result_ttl_s", 0, "number_out_of_range", None),
     (JOBS, "result_ttl_s", 31_536_001, "number_out_of_range", None),
     (JOBS, "result_ttl_s", 1.5, "validation_error", None),
+    *[(BATCHES, name, value, "validation_error", None) for name in ("input_file_id", "endpoint", "completion_window")
+      for value in (MISSING, 7, "", None, [SECRET], SECRET * 50)],
+    *[(BATCHES, "endpoint", value, "validation_error", None) for value in (BATCHES, TOKENIZE, "/v1/models", "v1/classify")],
+    *[(BATCHES, "completion_window", value, "validation_error", None)
+      for value in ("0h", "169h", "24", "1d", "024h", "24h ", "24h\n", "-1h", "２４h")],
+    (BATCHES, "metadata", {"k": 1}, "validation_error", "metadata"),
+    (BATCHES, "metadata", {SECRET * 9: "x"}, "validation_error", "metadata"),
+    (BATCHES, "metadata", {str(n): "x" for n in range(17)}, "validation_error", None),
+    (BATCHES, "metadata", {"k": SECRET * 99}, "validation_error", "metadata"),
+    (BATCHES, "output_expires_after", SECRET, "validation_error", None),
+    (BATCHES, "output_expires_after", {"anchor": "created_at"}, "validation_error", "output_expires_after.seconds"),
+    (BATCHES, "output_expires_after", {"seconds": 3600}, "validation_error", "output_expires_after.anchor"),
+    (BATCHES, "output_expires_after", {"anchor": SECRET, "seconds": 3600}, "validation_error",
+     "output_expires_after.anchor"),
+    *[(BATCHES, "output_expires_after", {"anchor": "created_at", "seconds": value}, "number_out_of_range",
+       "output_expires_after.seconds") for value in (0, -1, 3599, 2_592_001)],
+    (BATCHES, "output_expires_after", {"anchor": "created_at", "seconds": "3600"}, "validation_error",
+     "output_expires_after.seconds"),
+    (BATCHES, "priority", 1, "unknown_field", None),
     (TOKENIZE, "prompt", MISSING, "validation_error", None),
     (TOKENIZE, "prompt", [SECRET], "validation_error", None),
     (TOKENIZE, "messages", message(), "validation_error", "prompt"),

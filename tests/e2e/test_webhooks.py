@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import json
 import signal
 import threading
 import time
@@ -275,3 +276,30 @@ def test_jobs_are_filtered_kept_and_deleted_as_asked(stack: Stack) -> None:
             assert client.delete(f"/v1/jobs/{job_id}").json() == {"id": job_id, "object": "job", "deleted": True}
             assert client.get(f"/v1/jobs/{job_id}").status_code == 404
             assert client.delete(f"/v1/jobs/{job_id}").status_code == 404
+
+
+def test_a_batch_tells_of_its_end_in_openais_words(stack: Stack, receiver: Receiver, secret: str) -> None:
+    good = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions",
+                       "body": {"model": "echo", "prompt": "x", "options": {"first_token_ms": 60_000}}})  # fmt: skip
+    quick = good.replace("60000", "1")
+    stack.start_batcher()
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.secret, webhook_secret=secret) as client:
+        for text, kind in ((quick, "completed"), ("{}", "failed"), (good, "cancelled"), (good, "expired")):
+            file = client.files.create(file=("x", text.encode()), purpose="batch")
+            made = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h",
+                                         extra_body={"webhook": {"url": receiver.url}})  # fmt: skip
+            if text is good:
+                stack.wait_until(
+                    lambda: client.batches.retrieve(made.id).status == "in_progress", "a running batch", 60
+                )
+            if kind == "cancelled":
+                client.batches.cancel(made.id)
+            elif kind == "expired":
+                stack.query("UPDATE batches SET expires_at = clock_timestamp() WHERE status = 'in_progress'")
+            stack.wait_until(lambda: bool(receiver.events), "an event", 60)
+            headers, body = receiver.events.pop()
+            event: Any = client.webhooks.unwrap(body, headers)
+            assert (event.type, event.data.id) == (f"batch.{kind}", made.id)
+            assert client.batches.retrieve(made.id).status == kind
+            assert receiver.events == []
+    stack.stop("batcher")

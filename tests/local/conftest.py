@@ -62,6 +62,7 @@ FILES = {
         connection.cursor().execute("create table if not exists kept (at timestamptz default now())")
         connection.cursor().execute("insert into kept default values")
     """,
+    "api/batcher.py": "import signal; signal.sigwait([signal.SIGTERM])",
     "tasks/__init__.py": "",
     "tasks/reconciler.py": "import signal; signal.sigwait([signal.SIGTERM])",
     "switchyard.yaml": """

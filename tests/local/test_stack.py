@@ -42,7 +42,7 @@ def test_up_status_down_and_up_again(project: Project) -> None:
     assert "sk-test" not in again.stdout
 
     status = project.run("status").stdout
-    for word in ("postgres", "valkey", "gateway0", "worker-echo0", "reconciler", "flower", "ready", "queue"):
+    for word in ("postgres", "valkey", "gateway0", "worker-echo0", "reconciler", "batcher", "flower", "ready", "queue"):
         assert word in status
 
     pids = [int(str(child["pid"])) for child in children(project.home).values() if child["pid"]]
@@ -142,7 +142,7 @@ def test_the_plan_has_a_process_for_each_worker_and_gateway(tmp_path: Path, decl
     config = Settings(home=tmp_path, gateway_processes=2)
     plan = {spec.name: spec for spec in stack.plan(config, declared, stack.Urls("postgresql://x", "redis://x"))}
     assert list(plan) == [
-        "migrate", "gateway0", "gateway1", "worker-a0", "worker-a1", "worker-a2", "reconciler", "flower",
+        "migrate", "gateway0", "gateway1", "worker-a0", "worker-a1", "worker-a2", "reconciler", "batcher", "flower",
     ]  # fmt: skip
     worker = plan["worker-a1"]
     assert " ".join(worker.argv[1:]) == (
@@ -156,7 +156,9 @@ def test_the_plan_has_a_process_for_each_worker_and_gateway(tmp_path: Path, decl
 
 def test_a_stop_outlasts_the_drain(tmp_path: Path, declared: catalog.Catalog) -> None:
     plan = stack.plan(Settings(home=tmp_path, drain_s=33), declared, stack.Urls("postgresql://x", "redis://x"))
-    assert all(spec.stop_s > 33 for spec in plan if spec.name.startswith(("gateway", "worker", "reconciler")))
+    assert all(
+        spec.stop_s > 33 for spec in plan if spec.name.startswith(("gateway", "worker", "reconciler", "batcher"))
+    )
 
 
 def test_own_servers_replace_the_embedded_ones(tmp_path: Path, declared: catalog.Catalog) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from api import auth, file_answers
+from api.routes import parameters
 from db.api_keys import ApiKey
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -42,7 +43,7 @@ async def create_file(request: Request, caller: Caller) -> Response:
 async def list_files(
     request: Request,
     caller: Caller,
-    purpose: Annotated[str | None, Query(max_length=64)] = None,
+    purpose: Annotated[str | None, parameters.text(64)] = None,
     after: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",

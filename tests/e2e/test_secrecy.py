@@ -3,6 +3,7 @@ to be kept, and nowhere else: no log, no metric, no message, no page of Flower, 
 
 import base64
 import contextlib
+import json
 import re
 import secrets
 import threading
@@ -27,7 +28,10 @@ KEPT: dict[str, set[str]] = {
     # What a caller said and was answered is what jobs, their results and the cache are for. The echo backend
     # answers with its prompt.
     "prompt": {"jobs", "job_results", "response_cache", f"redis {CHUNKS}"},
-    "metadata": {"jobs"},
+    "metadata": {"jobs", "batches"},
+    "file": {"files"},
+    "line": {"file_chunks", "jobs", "job_results", "response_cache", f"redis {CHUNKS}"},
+    "custom id": {"file_chunks"},
     "user": set(),
     # Where a webhook goes and what it says: the job's object, with its metadata.
     "address": {"jobs", "webhook_deliveries"},
@@ -56,7 +60,9 @@ class Session:
 
 @pytest.fixture(scope="module")
 def stack(server_urls: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    yield from running(server_urls, tmp_path_factory.mktemp("secrecy"), ECHO, ["echo"])
+    for made in running(server_urls, tmp_path_factory.mktemp("secrecy"), ECHO, ["echo"]):
+        made.start_batcher()
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +161,7 @@ def play(stack: Stack, words: dict[str, str]) -> None:
         states = [client.get(f"/v1/jobs/{job}?wait=60").json()["status"] for job in ended]
         assert states == ["succeeded", "failed", "failed", "cancelled", "cancelled"]
         submit(client, words, text | {"model": "away"})  # its message stays in the queue
+        run_batch(stack, client, words)
         misbehave(client, words)
     with stack.client(words["admin's key"]) as admin:
         admin.get(f"/v1/jobs/{ended[0]}/explain").raise_for_status()
@@ -167,6 +174,23 @@ def submit(client: httpx.Client, words: dict[str, str], body: dict[str, Any]) ->
     response = client.post("/v1/jobs", json=job)
     assert response.status_code == 202, response.text
     return str(response.json()["id"])
+
+
+def run_batch(stack: Stack, client: httpx.Client, words: dict[str, str]) -> None:
+    body = {"model": "echo", "prompt": words["line"]}
+    line = {"custom_id": words["custom id"], "method": "POST", "url": "/v1/completions"}
+    failing = body | {"options": {"fail": "invalid"}}
+    lines = [json.dumps(line | {"body": body}), json.dumps(line | {"custom_id": "2", "body": failing})]
+    form: Any = {"files": {"file": (words["file"], "\n".join(lines))}, "data": {"purpose": "batch"}}
+    file = client.post("/v1/files", **form).raise_for_status().json()["id"]
+    asked = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+    batch = client.post("/v1/batches", json=asked | {"metadata": {"note": words["metadata"]}}).json()["id"]
+
+    def is_done() -> bool:
+        counts = client.get(f"/v1/batches/{batch}").json()["request_counts"]
+        return bool(counts == {"total": 2, "completed": 1, "failed": 1})
+
+    stack.wait_until(is_done, "the batch")
 
 
 def misbehave(client: httpx.Client, words: dict[str, str]) -> None:
@@ -220,7 +244,7 @@ def test_tables(stack: Stack, session: Session, table: str) -> None:
 
 def test_logs(stack: Stack, session: Session) -> None:
     files = [path for path in Path(stack.logs).rglob("*.log") if path.stat().st_size]
-    assert {"gateway.log", "echo.log"} <= {path.name for path in files}
+    assert {"gateway.log", "echo.log", "batcher.log"} <= {path.name for path in files}
     for path in files:
         assert found(session, path.read_bytes()) == [], path.name
 

@@ -15,13 +15,11 @@ from tests.stack import Stack
 
 pytestmark = pytest.mark.e2e
 
-OWNED = {
-    table.name
-    for table in Base.metadata.tables.values()
-    if table.name == "tenants"
-    or {"tenant", "api_key_id"} & set(table.columns.keys())
-    or any(key.column.table.name in ("jobs", "api_keys", "tenants") for key in table.foreign_keys)
-}
+OWNED = {"tenants"}
+for table in Base.metadata.sorted_tables:  # what is referred to comes first
+    owners = {key.column.table.name for key in table.foreign_keys}
+    if {"tenant", "api_key_id"} & set(table.columns.keys()) or owners & OWNED:
+        OWNED.add(table.name)
 
 
 class Address(NamedTuple):
@@ -61,7 +59,17 @@ ADDRESSES: dict[str, list[Address]] = {
         for_admins("GET", "/admin/v1/tenants/{tenant}"),
         for_admins("PATCH", "/admin/v1/tenants/{tenant}"),
     ],
+    "files": [
+        Address("GET", "/v1/files/{file}", code="file_not_found"),
+        Address("DELETE", "/v1/files/{file}", code="file_not_found"),
+    ],
+    "file_chunks": [Address("GET", "/v1/files/{file}/content", code="file_not_found")],
+    "batches": [
+        Address("GET", "/v1/batches/{batch}", code="batch_not_found"),
+        Address("POST", "/v1/batches/{batch}/cancel", code="batch_not_found"),
+    ],
     # No route names one of these.
+    "batch_items": [],
     "idempotency_keys": [],
     "budget_days": [],
     "webhook_secrets": [],
@@ -74,6 +82,8 @@ LISTS = [
     "/v1/cache",
     "/v1/webhooks/deliveries",
     "/v1/webhooks/secrets",
+    "/v1/files",
+    "/v1/batches",
 ]
 OPEN_TO_ALL = {"/v1/models/{model}"}
 
@@ -87,6 +97,8 @@ class Objects(NamedTuple):
     delivery: str
     key: str
     tenant: str
+    file: str
+    batch: str
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +112,9 @@ def owner(stack: Stack) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def stranger(stack: Stack) -> Iterator[httpx.Client]:
-    with stack.client(stack.create_key("stranger")) as client:
+    with stack.client(stack.create_key(f"stranger-{uuid.uuid4().hex}")) as client:
         yield client
 
 
@@ -120,12 +132,19 @@ def owned(stack: Stack, owner: httpx.Client) -> Objects:
     (entry,) = stack.query("SELECT encode(key, 'hex') FROM response_cache WHERE tenant = 'owner'")[0]
     (delivery,) = stack.query("SELECT id::text FROM webhook_deliveries WHERE tenant = 'owner'")[0]
     (key,) = stack.query("SELECT id::text FROM api_keys WHERE tenant = 'owner'")[0]
-    return Objects(job, response, entry, delivery, key, "owner")
+    form: Any = {"files": {"file": ("lines.jsonl", b"mine")}, "data": {"purpose": "batch"}}
+    file = owner.post("/v1/files", **form).json()["id"]
+    batch = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+    made = owner.post("/v1/batches", json=batch).json()["id"]
+    return Objects(job, response, entry, delivery, key, "owner", file, made)
 
 
 def nobodys() -> Objects:
-    unknown = uuid.uuid4
-    return Objects(str(unknown()), f"resp_{unknown().hex}", unknown().hex * 2, str(unknown()), str(unknown()), "nobody")
+    def wire(prefix: str) -> str:
+        return f"{prefix}{uuid.uuid4().hex}"
+
+    job, delivery, key = (str(uuid.uuid4()) for _ in range(3))
+    return Objects(job, wire("resp_"), wire(wire("")), delivery, key, "nobody", wire("file-"), wire("batch_"))
 
 
 def ask(client: httpx.Client, address: Address, objects: Objects) -> tuple[int, str, Any]:
@@ -192,6 +211,10 @@ def test_what_is_named_in_a_body_or_a_header_is_the_callers_own(
     jobs = [client.post("/v1/completions", json={"model": "echo", "prompt": text}, headers=headers)
             for client, text in ((owner, "a"), (stranger, "b"))]  # fmt: skip
     assert [job.status_code for job in jobs] == [200, 200]
+    for file in (owned.file, nobodys().file):
+        batch = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+        refused = stranger.post("/v1/batches", json=batch)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "file_not_found")
     assert jobs[0].headers["x-job-id"] != jobs[1].headers["x-job-id"]
     assert stranger.post("/v1/jobs/retry").json()["retried"] == 0
     assert stranger.delete("/v1/cache").json()["removed"] <= 1

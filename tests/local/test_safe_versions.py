@@ -10,7 +10,7 @@ from packaging.version import Version
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements"
 MENDED = {
-    # name: (first safe version, what was weak), as the advisories in GitHub's and PyPA's databases say.
+    # name: (first safe version, what was weak); the advisory of each number tells the whole.
     "aiohttp": ("3.12.14", "CVE-2025-53643: request smuggling through trailers"),
     "celery": ("5.2.2", "CVE-2021-23727: commands from stored task results"),
     "fastapi": ("0.109.1", "CVE-2024-24762: slow regular expression over Content-Type"),

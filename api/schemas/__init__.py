@@ -46,7 +46,8 @@ ENDPOINTS: Mapping[str, type[CallModel]] = {
 }
 """Inference endpoint → what it reads."""
 
-_OTHER_BODIES: Mapping[str, type[WireModel]] = {
+BODIES: Mapping[str, type[WireModel]] = {
+    **ENDPOINTS,
     "/v1/jobs": JobRequest,
     "/v1/responses": ResponseRequest,
     "/v1/batches": BatchRequest,
@@ -59,6 +60,8 @@ _OTHER_BODIES: Mapping[str, type[WireModel]] = {
     "/v1/messages/count_tokens": CountTokensRequest,
     "/detokenize": DetokenizeRequest,
 }
+"""Every route with a JSON body → what it reads."""
+
 _DEFAULT_LIMITS = LimitsEntry()
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _SUBJECT = re.compile(r"^(Value error, )?(Value|Input|String|List|Dictionary|Tuple) should")
@@ -123,8 +126,7 @@ def read(model: type[AnyWireModel], body: dict[str, Any]) -> AnyWireModel:
 
 def openapi_extra(path: str) -> dict[str, Any]:
     """The requestBody of a route that reads its body itself, for FastAPI's `openapi_extra`."""
-    model = ENDPOINTS.get(path) or _OTHER_BODIES[path]
-    schema = model.model_json_schema()
+    schema = BODIES[path].model_json_schema()
     definitions = schema.pop("$defs", {})
     content = {"application/json": {"schema": _inlined(schema, definitions)}}
     return {"requestBody": {"required": True, "content": content}}

@@ -135,6 +135,9 @@ class ResponseRequest(WireModel):
 
     no_effect: ClassVar = {
         **COMMON_NO_EFFECT,
+        "access_programs": NOTHING,
+        "background_options": NOTHING,
+        "image": NOTHING,
         "conversation": NOTHING,
         "max_tool_calls": NOTHING,
         "moderation": NOTHING,

@@ -42,9 +42,9 @@ def pins() -> Iterator[tuple[str, str]]:
 
 
 def installed() -> dict[str, Version]:
-    return {
-        str(one.metadata["Name"]).lower().replace("_", "-"): Version(one.version) for one in metadata.distributions()
-    }
+    # A package that brings others along (setuptools) puts them at the end of the path: the first found is imported.
+    found = reversed(list(metadata.distributions()))
+    return {str(one.metadata["Name"]).lower().replace("_", "-"): Version(one.version) for one in found}
 
 
 def test_nothing_older_than_its_mend_is_pinned_or_installed() -> None:

@@ -458,7 +458,9 @@ class SimStore:
             return claimed
         for job_id in dict.fromkeys(job_id for job_id, _ in wanted):
             row = self.jobs.get(job_id)
-            if row is None or not self._is_claimable(row) or (not takes_suspects and self._is_suspect(row)):
+            if row is None or row.backend != self.workers[worker_id].backend:
+                continue
+            if not self._is_claimable(row) or (not takes_suspects and self._is_suspect(row)):
                 continue
             self._change_job(row)
             row.status, row.worker_id = JobStatus.RUNNING, worker_id

@@ -222,7 +222,9 @@ def scenario(function: Scenario) -> Scenario:
 def a_job_runs_and_ends_once(ledgers: Ledgers) -> None:
     life = register(ledgers, "a")
     ledgers.call("insert", [new(0), new(1)])
-    ledgers.call("insert", [new(0, model="other")])
+    ledgers.call("insert", [new(0, model="other"), new(3, backend="bert")])
+    assert ledgers.call("claim", [(JOBS[3], life)]) == [None]
+    assert ledgers.call("claim_alone", [(JOBS[3], life)]) == [None]
     ledgers.wait(10)
     assert ledgers.call("claim", [(JOBS[0], life), (JOBS[0], life), (JOBS[4], life)])[1:] == [None, None]
     assert ledgers.call("claim", [(JOBS[0], life)]) == [None]

@@ -13,6 +13,7 @@ import orjson
 from pydantic_core import PydanticCustomError
 
 from api import decoding, errors
+from api.closed_schemas import closed
 from catalog import LimitsEntry
 
 MAX_CHARS = 65_536
@@ -75,7 +76,7 @@ def of_tool_calls(functions: Mapping[str, Mapping[str, Any]], *, is_single: bool
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    return "%json " + orjson.dumps({**schema, "x-guidance": _ONE_LINE}).decode()
+    return "%json " + orjson.dumps({**closed(schema), "x-guidance": _ONE_LINE}).decode()
 
 
 def _regex(pattern: str) -> str:

@@ -66,6 +66,30 @@ def test_a_schema() -> None:
     assert not follows(grammar, '{"name": "Ada",      "age": 36}'), "white space without an end"
 
 
+OPEN = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "is_open"),
+    [
+        (OPEN, '{"a": 1, "more": 2}', False),
+        ({"type": "array", "items": OPEN}, '[{"a": 1, "more": 2}]', False),
+        ({"$defs": {"o": OPEN}, "anyOf": [{"$ref": "#/$defs/o"}, {"type": "null"}]}, '{"a": 1, "more": 2}', False),
+        ({"type": "object", "properties": {"properties": OPEN}}, '{"properties": {"a": 1, "more": 2}}', False),
+        (OPEN | {"additionalProperties": True}, '{"a": 1, "more": 2}', True),
+        (OPEN | {"additionalProperties": {"type": "integer"}}, '{"a": 1, "more": 2}', True),
+        ({"allOf": [OPEN, {"type": "object", "properties": {"more": {}}, "required": ["more"]}]},
+         '{"a": 1, "more": 2}', True),
+        ({"type": "object"}, '{"more": 2}', True),
+    ],
+)  # fmt: skip
+def test_objects_are_closed_unless_something_else_is_said(schema: dict[str, Any], text: str, is_open: bool) -> None:
+    grammar = asked(response_format=schema_format(schema)).params["grammar"]
+    assert follows(grammar, text) is is_open
+    if not is_open:
+        assert follows(grammar, text.replace(', "more": 2', ""))
+
+
 def test_any_object() -> None:
     grammar = asked(response_format={"type": "json_object"}).params["grammar"]
     assert follows(grammar, '{"a": [1, {"b": null}]}')

@@ -14,11 +14,14 @@ from backends.base import InvalidCall
 
 
 class Grammars:
-    """Reads grammars for one model."""
+    """Reads grammars for one model. Raises InvalidCall where llguidance does not know its kind of tokenizer."""
 
     def __init__(self, folder: Path, vocabulary: int, eos: frozenset[int]) -> None:
         text = (folder / "tokenizer.json").read_text()
-        self._tokenizer = llguidance.LLTokenizer(text, n_vocab=vocabulary, eos_token=sorted(eos) or None)
+        try:
+            self._tokenizer = llguidance.LLTokenizer(text, n_vocab=vocabulary, eos_token=sorted(eos) or None)
+        except ValueError as error:
+            raise InvalidCall("the model's tokenizer cannot follow a grammar") from error
 
     def start(self, text: str, generated: tuple[int, ...]) -> "Grammar":
         """The grammar `text`, advanced over what has been generated. Raises InvalidCall."""

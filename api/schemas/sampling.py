@@ -161,6 +161,8 @@ SAMPLING_NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "guided_regex": NOTHING,
     "guided_choice": NOTHING,
     "guided_grammar": NOTHING,
+    "guided_decoding_backend": NOTHING,
+    "guided_whitespace_pattern": NOTHING,
     "include_stop_str_in_output": FALSE,
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),

@@ -164,7 +164,7 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
         ("audio", {"voice": SECRET}), ("modalities", ["text", "audio"]), ("prediction", {"content": SECRET}),
         ("web_search_options", {}), ("store", True), ("store", 0), ("reasoning_effort", "high"),
         ("verbosity", "low"), ("best_of", 2), ("guided_json", {"a": 1}),
-        ("guided_regex", SECRET), ("chat_template", SECRET), ("chat_template_kwargs", {"a": SECRET}),
+        ("chat_template", SECRET), ("chat_template_kwargs", {"a": SECRET}),
         ("add_generation_prompt", False), ("continue_final_message", True), ("documents", [SECRET]),
         ("priority", 1), ("prompt_logprobs", 1), ("use_beam_search", True), ("bad_words", [SECRET]),
         ("skip_special_tokens", False), ("cache_salt", SECRET), ("kv_transfer_params", {}),
@@ -237,6 +237,8 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
         ("suffix", SECRET), ("suffix", ""), ("best_of", 2), ("prompt_embeds", SECRET), ("add_special_tokens", False),
         ("allowed_token_ids", [1]),
     ]],
+    *[(endpoint, f"guided_{kind}", SECRET, "unsupported_parameter", None) for endpoint in (CHAT, COMPLETIONS)
+      for kind in ("json", "regex", "choice", "grammar", "decoding_backend", "whitespace_pattern")],
     *[(endpoint, field, value, "validation_error", param) for endpoint in (CHAT, COMPLETIONS)
       for field, value, param in [
         ("response_format", SECRET, None), ("response_format", {"type": SECRET}, "response_format.type"),

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import resource
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import llguidance
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -249,3 +251,23 @@ async def test_a_process_that_dies_is_replaced(checks: GrammarChecks) -> None:
     await process.wait()
     await checks.check(call('start: "two"'))
     assert process not in checks._all
+
+
+async def test_a_process_ends_with_its_gateway(checks: GrammarChecks) -> None:
+    await checks.check(call('start: "one"'))
+    (process,) = checks._all
+    assert process.stdin is not None
+    process.stdin.close()  # as when the gateway is killed
+    assert await asyncio.wait_for(process.wait(), 5) == 0
+
+
+async def test_a_process_without_memory_says_too_costly(checks: GrammarChecks) -> None:
+    """The limit is made small instead of the grammar large."""
+    await checks.check(call('start: "one"'))
+    (process,) = checks._all
+    used = psutil.Process(process.pid).memory_info().vms
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (used + 2**20, used + 2**20))
+    large = grammars.of_schema({"enum": [f"value number {number}" for number in range(3000)]})
+    with pytest.raises(errors.InvalidValue, match="costly"):
+        await checks.check(call(large))
+    await checks.check(call('start: "two"'))

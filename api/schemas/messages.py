@@ -19,6 +19,7 @@ from api.schemas.fields import (
     WireModel,
 )
 from api.schemas.sampling import canonical
+from api.schemas.structured import JSONSchema
 from api.schemas.tools import forced
 from tasks.call import Call
 from tasks.identity import MESSAGES
@@ -179,6 +180,19 @@ class ToolChoice(WireModel):
         return self
 
 
+class OutputFormat(WireModel):
+    """JSON that is valid by a schema."""
+
+    type: Literal["json_schema"]
+    schema_: JSONSchema = Field(alias="schema")
+
+
+class OutputConfig(WireModel):
+    """What the text must look like."""
+
+    format: OutputFormat | None = None
+
+
 class MessageMetadata(WireModel):
     """About the request."""
 
@@ -243,10 +257,13 @@ class MessagesRequest(CallModel):
     tool_choice: ToolChoice | None = None
     metadata: MessageMetadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    output_config: OutputConfig | None = None
     options: EchoOptions | None = None
 
     text_fields: ClassVar = ("messages",)
-    no_effect: ClassVar = _NO_EFFECT
+    no_effect: ClassVar = {name: idle for name, idle in _NO_EFFECT.items() if name != "output_config"} | {
+        "output_config.effort": NOTHING
+    }
 
     @model_validator(mode="after")
     def _the_user_speaks_last(self) -> "MessagesRequest":
@@ -257,25 +274,30 @@ class MessagesRequest(CallModel):
     def _the_form_can_be_kept(self) -> "MessagesRequest":
         if self.tool_choice is not None and self.tool_choice.type in ("any", "tool") and not self.tools:
             raise PydanticCustomError("tool_choice", "is only allowed with tools")
-        if len(self.grammar() or "") > grammars.MAX_CHARS:
+        if self.output_config is not None and self.output_config.format is not None:
+            if self.tools and (self.tool_choice is None or self.tool_choice.type != "none"):
+                raise PydanticCustomError("unsupported:output_config", "cannot be combined with tools")
+        elif (constraint := self.constraint()) is not None and len(constraint[0]) > grammars.MAX_CHARS:
             raise PydanticCustomError("tool_choice", "asks for too large a form")
         return self
 
-    def grammar(self) -> str | None:
-        """What the text must look like where a tool must be used."""
+    def constraint(self) -> tuple[str, str] | None:
+        """What the text must look like, as a grammar, and the field that says so."""
+        if self.output_config is not None and self.output_config.format is not None:
+            return grammars.of_schema(self.output_config.format.schema_), "output_config"
         choice = self.tool_choice
         if choice is None or choice.type not in ("any", "tool") or not self.tools:
             return None
         schemas = {tool.name: tool.input_schema for tool in self.tools}
         is_single = choice.type == "tool" or bool(choice.disable_parallel_tool_use)
-        return forced(schemas, "tools.{}.input_schema", name=choice.name, is_single=is_single)
+        return forced(schemas, "tools.{}.input_schema", name=choice.name, is_single=is_single), "tool_choice"
 
     def to_call(self) -> Call:
         sampling = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
         shape: dict[str, Any] = {}
         given: dict[str, Any] = {}
-        if (grammar := self.grammar()) is not None:
-            given["grammar"], shape["constrained_by"] = grammar, "tool_choice"
+        if (constraint := self.constraint()) is not None:
+            given["grammar"], shape["constrained_by"] = constraint
         if tools := _definitions(self.tools, self.tool_choice):
             shape["tools"] = tools
             if self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use:

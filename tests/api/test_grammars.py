@@ -146,7 +146,7 @@ def test_calls_of_tools() -> None:
     assert "grammar" not in asked(tools=TOOLS[1:], tool_choice="auto").params
 
 
-def test_anthropics_tool_choice_is_the_same() -> None:
+def test_anthropics_forms_are_the_same() -> None:
     tools = [{"name": "weather", "input_schema": WEATHER["parameters"]}, {"name": "now", "input_schema": {}}]
     body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}], "tools": tools}
     any_ = schemas.parse("/v1/messages", body | {"tool_choice": {"type": "any"}})
@@ -155,6 +155,10 @@ def test_anthropics_tool_choice_is_the_same() -> None:
     named = {"type": "function", "function": {"name": "now"}}
     assert one.params["grammar"] == asked(tools=TOOLS, tool_choice=named).params["grammar"]
     assert one.constrained_by == "tool_choice"
+    form = {"output_config": {"format": {"type": "json_schema", "schema": PERSON}}}
+    answer = schemas.parse("/v1/messages", {name: value for name, value in body.items() if name != "tools"} | form)
+    assert answer.params["grammar"] == asked(response_format=schema_format(PERSON)).params["grammar"]
+    assert answer.constrained_by == "output_config"
 
 
 def test_what_is_asked_for_is_part_of_what_is_cached() -> None:

@@ -39,6 +39,13 @@ MODELS = ["on-gpt", "on-vllm"]
 NO_STORE = {"Cache-Control": "no-store"}
 
 
+class Trade(BaseModel):
+    """Anthropic's client takes bounds of numbers and lengths out of a schema, so this has none."""
+
+    trade: Literal["baker", "smith", "miller"]
+    is_open: bool
+
+
 class Person(BaseModel):
     """A person and what they do."""
 
@@ -119,6 +126,13 @@ def test_a_call_is_forced(client: openai.OpenAI, model: str) -> None:
     assert [one.name for one in streamed] == ["remember"]
     assert Person.model_validate_json(streamed[0].arguments or "") == whole
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_anthropics_parse(stack: Stack) -> None:
+    with anthropic.Anthropic(base_url=stack.url, api_key=stack.secret, max_retries=0) as client:
+        asked_of = [{"role": "user", "content": "Tell me about a person."}]
+        message = client.messages.parse(model="on-gpt", max_tokens=400, messages=asked_of, output_format=Trade)  # type: ignore[arg-type]
+    assert isinstance(message.parsed_output, Trade)
 
 
 def test_a_use_is_forced_through_anthropics_client(stack: Stack) -> None:

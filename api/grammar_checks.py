@@ -23,7 +23,7 @@ from tasks.call import Call
 _MAX_PROCESSES = 2
 _MAX_KNOWN = 4_096
 _PATIENCE_S = 10.0
-"""For a free process and its answer, on a machine however busy."""
+"""For a free process, and then for its answer, on a machine however busy."""
 _COSTLY: dict[str, Any] = {"is_valid": False, "is_costly": True}
 _OVER_THE_GRAMMAR = {signal.SIGPROF, signal.SIGABRT, signal.SIGSEGV}
 """How a process ends that was given too much to do: out of time, of memory, of stack."""
@@ -47,8 +47,7 @@ class GrammarChecks:
         found = self._known.get(key)
         if found is None:
             try:
-                async with asyncio.timeout(_PATIENCE_S):
-                    found = await self._ask(key, grammar)
+                found = await self._ask(key, grammar)
             except TimeoutError:
                 raise errors.DependencyUnavailable("The check of the output's form took too long; try again.") from None
         self._known.move_to_end(key)
@@ -61,23 +60,32 @@ class GrammarChecks:
         await asyncio.gather(*map(self._discard, list(self._all)))
 
     async def _ask(self, key: bytes, grammar: str) -> dict[str, Any]:
-        async with self._turns:
+        async with asyncio.timeout(_PATIENCE_S):
+            await self._turns.acquire()
+        try:
             if key in self._known:  # another request has asked meanwhile
                 return self._known[key]
-            process = await self._take()
-            try:
-                found = await _answer(process, grammar)
-            except BaseException:
-                await self._discard(process)
-                raise
-            if process.returncode is None:
-                self._idle.append(process)
-            else:
-                await self._discard(process)
+            found = await self._asked(await self._take(), grammar)
+        finally:
+            self._turns.release()
         self._known[key] = found
         if len(self._known) > _MAX_KNOWN:
             self._known.popitem(last=False)
-        return self._known[key]
+        return found
+
+    async def _asked(self, process: Process, grammar: str) -> dict[str, Any]:
+        """The process waits for the next question afterwards, if it still runs and has answered."""
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                found = await _answer(process, grammar)
+        except BaseException:
+            await self._discard(process)
+            raise
+        if process.returncode is None:
+            self._idle.append(process)
+        else:
+            await self._discard(process)
+        return found
 
     async def _take(self) -> Process:
         """One that waits, or a new one."""

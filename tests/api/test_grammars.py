@@ -12,7 +12,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from api import errors, grammars, schemas
+from api import errors, grammar_checks, grammars, schemas
 from api.grammar_checks import GrammarChecks
 from tasks.call import Call
 
@@ -275,3 +275,18 @@ async def test_a_process_without_memory_says_too_costly(checks: GrammarChecks) -
     with pytest.raises(errors.InvalidValue, match="costly"):
         await checks.check(call(large))
     await checks.check(call('start: "two"'))
+
+
+async def test_who_waits_too_long_is_asked_to_come_again(
+    monkeypatch: pytest.MonkeyPatch, checks: GrammarChecks
+) -> None:
+    good = grammars.of_schema(PERSON)
+    with monkeypatch.context() as patched:
+        patched.setattr(grammar_checks, "_PATIENCE_S", 0.05)
+        costly = [f"start: %json {json.dumps(DOUBLING | {'title': str(number)})}" for number in range(3)]
+        waiting = [checks.check(call(grammar)) for grammar in (*costly, good)]
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(answer, errors.DependencyUnavailable) for answer in answers)
+        assert all(answer.retry_after_s for answer in answers if isinstance(answer, errors.APIError))
+    assert not checks._all, "whoever was busy is gone"
+    await checks.check(call(good))

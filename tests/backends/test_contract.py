@@ -212,6 +212,17 @@ COUNTRY = """start: %json {"type": "object", "properties": {"country": {"enum": 
     "x-guidance": {"whitespace_flexible": false, "item_separator": ", ?", "key_separator": ": ?"}}"""
 
 
+COSTLY = {
+    # Too many at one place, seen as a token is taken.
+    "rules": 'start: "begin " all\nall: {}\n{}'.format(
+        " | ".join(f"r{number}" for number in range(2500)),
+        "\n".join(f'r{number}: "x" "{number}"' for number in range(2500)),
+    ),
+    # Too many states, seen as the next tokens are looked for.
+    "characters": 'start: "begin " /(.*a.{60}|.*b.{55}[a-z].*c.{30}|.*d.{44}e.{33}f.{22}.*|(.*[a-f].{33}[g-z]){9})/',
+}
+
+
 class Constrains:
     """Of a backend whose text follows a grammar."""
 
@@ -268,16 +279,16 @@ class Constrains:
         alone = [joined(await run(backend, call)) for call in calls]
         assert [joined(chunks) for chunks in await asyncio.gather(*[run(backend, call) for call in calls])] == alone
 
-    async def test_a_grammar_out_of_bounds_fails_and_harms_nobody(self, backend: Backend) -> None:
-        """Ambiguous beyond llguidance's bounds only after some text, so that no check beforehand can see it."""
+    @pytest.mark.parametrize("kind", ["rules", "characters"])
+    async def test_a_grammar_out_of_bounds_fails_and_harms_nobody(self, backend: Backend, kind: str) -> None:
+        """Out of llguidance's bounds only after some text, so that no check beforehand can see it."""
         model = backend.spec.models[0]
-        rules = " | ".join(f"r{number}" for number in range(2500))
-        each = "\n".join(f'r{number}: "x" "{number}"' for number in range(2500))
-        grammar = f'start: "begin " all\nall: {rules}\n{each}'
         for attempt in range(4):
-            call = call_for(model, PROMPTS[0], f"costly-{attempt}", grammar=grammar, max_tokens=40)
+            call = call_for(
+                model, PROMPTS[0], f"costly-{attempt}", grammar=COSTLY[kind], max_tokens=200, temperature=2.0
+            )
             with pytest.raises(BackendError):
-                await run(backend, call)
+                await run(backend, replace(call, params=replace(call.params, seed=attempt)))
         backend.check_health()
         assert joined(await run(backend, call_for(model, PROMPTS[0], "after", grammar='start: "ok"')))[0] == "ok"
 

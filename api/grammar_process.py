@@ -13,7 +13,7 @@ import sys
 
 import llguidance
 
-CPU_S = 0.5
+CPU_S = 0.3
 MEMORY_BYTES = 512 * 2**20
 _KEYWORDS = frozenset(
     {

@@ -63,7 +63,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     """Alternatives to report per generated token; 0 reports the sampled token's alone. Taken from the
-    log-softmax of the raw logits, before temperature and penalties."""
+    log-softmax of the raw logits, before temperature and penalties, but without what the grammar forbids."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0

@@ -120,6 +120,7 @@ class VLLMBackend(Backend):
         _set_environment()
         for model in self.spec.models:
             self._engines[model.name] = await _start_engine(self.spec, model)
+        vllm_grammars.leave_checking_to_the_gateway()
 
     async def stop(self) -> None:
         engines = list(self._engines.values())

@@ -1,4 +1,4 @@
-"""Grammars in vLLM's EngineCore: advanced over what an earlier attempt has sent, and failing aloud.
+"""Grammars in vLLM: advanced over what an earlier attempt has sent, failing aloud, compiled in the EngineCore alone.
 
 vLLM starts a grammar at the first token that it generates itself. A call that goes on after `prompt + resumed` has
 its grammar in the middle, which nothing in vLLM's API can say; the number of resumed tokens travels in
@@ -13,6 +13,14 @@ LIBRARY = "guidance"
 """llguidance: bounds its own work at each step, and the gateway and the gpt backend read the same grammars with it."""
 
 RESUMED = "switchyard_resumed"
+
+
+def leave_checking_to_the_gateway() -> None:
+    """In the worker. vLLM compiles every grammar once more before its EngineCore does, on the event loop, and n times
+    for n choices: grammars at the gateway's limit would hold up the worker's heartbeats."""
+    from vllm.v1.structured_output import backend_guidance
+
+    backend_guidance.validate_guidance_grammar = lambda *_, **__: None
 
 
 def register() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,21 @@ class Constrains:
         calls = [call_for(model, PROMPTS[0], f"mixed-{number}", **one) for number, one in enumerate(fields)]
         alone = [joined(await run(backend, call)) for call in calls]
         assert [joined(chunks) for chunks in await asyncio.gather(*[run(backend, call) for call in calls])] == alone
+
+    async def test_grammars_that_are_slow_to_compile_do_not_hold_up_the_loop(self, backend: Backend) -> None:
+        """All of them take seconds; the worker's heartbeats have to go on."""
+        schema: dict[str, Any] = {"type": "string"}
+        for _ in range(11):
+            schema = {"type": "object", "properties": {"a": schema, "b": schema}, "additionalProperties": False}
+        grammar = f"start: %json {json.dumps(schema)}"
+        calls = [call_for(backend.spec.models[0], PROMPTS[0], f"slow-{number}", grammar=grammar) for number in range(6)]
+        longest, before = 0.0, time.monotonic()
+        running = asyncio.gather(*[run(backend, call) for call in calls])
+        while not running.done():
+            await asyncio.sleep(0.01)
+            longest, before = max(longest, time.monotonic() - before), time.monotonic()
+        assert all(joined(chunks)[0].startswith("{") for chunks in await running)
+        assert longest < 1.0
 
     @pytest.mark.parametrize("kind", ["rules", "characters"])
     async def test_a_grammar_out_of_bounds_fails_and_harms_nobody(self, backend: Backend, kind: str) -> None:

@@ -9,7 +9,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev models up down status logs test faults faults-long mutants simulate fuzz-api check format bench clean
+.PHONY: help install install-dev models up down status logs test clients faults faults-long mutants simulate fuzz-api check format bench clean
 
 help: ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ logs: install ## Follow the logs of all processes, or of those whose name starts
 test: install-dev ## Run the tests against real servers and real small models
 	@$(RUN) -m local.models --all
 	$(RUN) -m pytest --reruns 1 $(ARGS)
+
+clients: install-dev ## Test other projects' clients too; LiteLLM is installed beside this one
+	$(RUN) -c "from benchmarks import peers; peers.install_litellm(peers.DEFAULT_FOLDER)"
+	$(RUN) -m pytest tests/e2e/test_peer_clients.py $(ARGS)
 
 faults: install-dev ## Break a stack on purpose and check what was promised (12 min)
 	@$(RUN) -m tests.faults $(ARGS)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 
 import orjson
@@ -25,6 +26,7 @@ from tasks.call import Call
 from tasks.identity import Identity
 
 SSE = "text/event-stream"
+_EVENT_ID = re.compile(rb"^id: \d+\n", re.MULTILINE)
 _UNREAD_S = 30.0
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -127,7 +129,7 @@ async def watched(gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish,
     is_whole = False
     try:
         async for piece in gateway.stream(made.identity, made.flight_id, made.call, made.watch, make=make):
-            yield piece
+            yield piece if wish.has_event_ids else _EVENT_ID.sub(b"", piece)
         is_whole = True
     finally:
         made.watch.close()

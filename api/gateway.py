@@ -17,6 +17,7 @@ import structlog
 import catalog
 import settings
 from api import errors, fingerprints, ids, refusals, wishes
+from api.grammar_checks import GrammarChecks
 from api.prompts import Prompts
 from api.rate_limits import RateLimits
 from api.recent_hits import RecentHits
@@ -86,6 +87,7 @@ class Gateway:
         self.config = config
         self.catalog = catalog.load(config.config, config.models_dir)
         self.prompts = Prompts(self.catalog)
+        self._grammars = GrammarChecks()
         self.lookups = Lane(url, cache.lookup)
         self._touches = Lane(url, cache.touch, is_durable=False)
         self._durable_inserts = Lane(url, accept.insert)
@@ -145,6 +147,7 @@ class Gateway:
         await self.subscriber.close()
         await self._outbox.close()
         await self._redis.aclose()
+        await self._grammars.close()
         lanes = [value for value in vars(self).values() if isinstance(value, Lane)]
         await asyncio.gather(*[lane.close() for lane in lanes])
 
@@ -177,6 +180,7 @@ class Gateway:
         tokenised, mistakes = await self._tokenise(call, models)
         steps.mark("tokenise_ms")
         decision = self._route(call, served, tokenised, mistakes, caller, wish)
+        await self._grammars.check(call)
         steps.mark("route_ms")
         assert decision.chosen is not None
         ready = tokenised[decision.chosen.model]

@@ -57,6 +57,8 @@ class Wish:
     idempotency_key: str | None = None
     is_retry: bool = False
     """OpenAI's SDK says that it sends this again."""
+    has_event_ids: bool = True
+    """Some clients take a line of a stream that is not `data:` for an error."""
     is_plain: bool = False
     """No header asked for anything."""
     job_id: uuid.UUID | None = None
@@ -68,13 +70,16 @@ def read(headers: Headers, longest_wait_s: float) -> Wish:
     is_retry = headers.get("x-stainless-retry-count", "0") != "0"
     if not is_retry and not any(name in headers for name in _ASKING):
         return _plain(longest_wait_s)
-    is_async, wait_s = False, None
+    is_async, wait_s, has_event_ids = False, None, True
     applied = []
     for preference in re.split(r"[,;]", headers.get("prefer", "")[:_MAX_HEADER]):
         name = preference.strip().lower()
         if name == "respond-async":
             is_async = True
             applied.append("respond-async")
+        elif name == "no-event-ids":
+            has_event_ids = False
+            applied.append("no-event-ids")
         elif match := _WAIT.match(name):
             wait_s = min(float(match[1]), longest_wait_s)
             applied.append(f"wait={int(wait_s)}")
@@ -89,6 +94,7 @@ def read(headers: Headers, longest_wait_s: float) -> Wish:
         timeout_s=_cancel_after(headers.get("cancel-after")),
         idempotency_key=_idempotency_key(headers.get("idempotency-key")),
         is_retry=is_retry,
+        has_event_ids=has_event_ids,
     )
 
 

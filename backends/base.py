@@ -63,10 +63,13 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     """Alternatives to report per generated token; 0 reports the sampled token's alone. Taken from the
-    log-softmax of the raw logits, before temperature and penalties."""
+    log-softmax of the raw logits, before temperature and penalties, but without what the grammar forbids."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    grammar: str | None = None
+    """What the text must look like, in llguidance's Lark form or in GBNF. Checked by the gateway; a sequence that
+    does not reach the grammar's end within max_tokens is cut off in the middle of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class GenerateCall:
     """False permits one chunk at the end: it saves a wake-up per token."""
     resumed_token_ids: tuple[int, ...] = ()
     """Tokens an earlier attempt already produced: continue after them, count them against max_tokens and
-    penalties, never yield them again."""
+    penalties, advance the grammar over them, never yield them again."""
     options: Mapping[str, str | int | float] = field(default_factory=dict)
     """Only `echo` reads these: its delays and failures."""
 

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from backends.gpt_engine import Batch, Delta, Engine, Sequence
+    from backends.gpt_grammar import Grammar, Grammars
 
 _OPTIONS = {"dtype", "device", "max_batch_size", "prefill_tokens", "num_threads", "pack_weights"}
 _CONTEXT_TOKENS = 6
@@ -46,7 +48,7 @@ class GPTBackend(Backend):
         parameters=frozenset(
             {
                 "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
-                "repetition_penalty", "logit_bias", "logprobs", "stop_token_ids", "ignore_eos", "min_tokens",
+                "repetition_penalty", "logit_bias", "logprobs", "stop_token_ids", "ignore_eos", "min_tokens", "grammar",
             }
         ),
         max_logprobs=20,
@@ -123,7 +125,8 @@ class GPTBackend(Backend):
             yield Chunk((), text.finish(), "length")
         else:
             inbox: asyncio.Queue[Delta] = asyncio.Queue()
-            sequence = _sequence(call, stops, limit, inbox.put_nowait)
+            grammar = await asyncio.to_thread(model.grammar, call) if call.params.grammar is not None else None
+            sequence = _sequence(call, stops, limit, grammar, inbox.put_nowait)
             self._engine.add(model.batch, sequence)
             try:
                 while True:
@@ -160,10 +163,23 @@ class _Model:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._eos = _eos(runner.model)
         self._context_length = spec.context_length
+        self._folder = folder
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
 
     def stops(self, call: GenerateCall) -> frozenset[int]:
         """The token ids that end `call`."""
         return frozenset(call.params.stop_token_ids) | (frozenset() if call.params.ignore_eos else self._eos)
+
+    def grammar(self, call: GenerateCall) -> "Grammar":
+        """The call's grammar. Blocks, the first time for 0.2 s: reading the vocabulary is left to who needs it."""
+        from backends.gpt_grammar import Grammars
+
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = Grammars(self._folder, self.batch.vocabulary, self._eos)
+        assert call.params.grammar is not None
+        return self._grammars.start(call.params.grammar, call.resumed_token_ids)
 
     def limit(self, call: GenerateCall) -> int:
         """The length, prompt included, at which `call` ends."""
@@ -185,14 +201,15 @@ class _Model:
             raise InvalidCall("temperature must not be negative, repetition_penalty must be positive")
 
 
-def _sequence(call: GenerateCall, stops: frozenset[int], limit: int, deliver: "Callable[[Delta], None]") -> "Sequence":
+def _sequence(call: GenerateCall, stops: frozenset[int], limit: int, grammar: "Grammar | None",
+              deliver: "Callable[[Delta], None]") -> "Sequence":  # fmt: skip
     from backends.gpt_engine import Sequence
     from backends.sampling import Sampler
 
     seed = call.params.seed if call.params.seed is not None else secrets.randbits(64)
     sampler = Sampler(call.params, seed, stops, call.prompt_token_ids, call.resumed_token_ids)
     ids = [*call.prompt_token_ids, *call.resumed_token_ids]
-    return Sequence(call, sampler, stops, ids, limit, deliver)
+    return Sequence(call, sampler, stops, ids, limit, deliver, grammar)
 
 
 def _deliver(deltas: "list[tuple[Sequence, Delta]]") -> None:

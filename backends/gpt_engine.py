@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from backends.base import BackendDead, BackendError, FinishReason, GenerateCall, TokenLogprob
+from backends.base import BackendDead, BackendError, FinishReason, GenerateCall, InvalidCall, TokenLogprob
+from backends.gpt_grammar import Grammar
 from backends.gpt_model import Piece, Runner
 from backends.sampling import Sampler, sample
 
@@ -46,6 +47,7 @@ class Sequence:
     """Length of `ids` at which it ends."""
     deliver: Callable[[Delta], None]
     """Called on the asyncio loop."""
+    grammar: Grammar | None = None
     is_cancelled: bool = False
     slot: int = -1
     computed: int = 0
@@ -63,6 +65,8 @@ class Sequence:
         """Append a token; what to tell the caller now, if anything."""
         self.ids.append(token)
         self.sampler.accept(token)
+        if self.grammar is not None:
+            self.grammar.accept(token)
         self.unsent.append(token)
         if logprob is not None:
             self.unsent_logprobs.append(logprob)
@@ -142,7 +146,7 @@ class Batch:
 
     def _compute(self, pieces: list[Piece]) -> list[tuple[Sequence, Delta]]:
         deltas = self._survive(pieces)
-        failed = sum(delta.error is not None for _, delta in deltas)
+        failed = sum(delta.error is not None and not isinstance(delta.error, InvalidCall) for _, delta in deltas)
         self._failures = self._failures + 1 if failed == len(pieces) else 0
         if self._failures >= _FAILURES_UNTIL_DEAD:
             raise BackendDead(f"{self.name}: {self._failures} forward passes in a row failed")
@@ -182,6 +186,10 @@ class Batch:
             if not is_good
         ]
         ready = [row for row, piece in enumerate(pieces) if is_sound[row] and piece.end == len(sequences[row].ids)]
+        for row in [row for row in ready if sequences[row].grammar is not None]:
+            if (failed := _constrained(sequences[row], logits[row])) is not None:
+                deltas.append((sequences[row], failed))
+                ready.remove(row)
         if ready:
             rows = logits if len(ready) == len(pieces) else logits[ready]
             tokens, logprobs = sample(rows, [sequences[row].sampler for row in ready])
@@ -218,6 +226,16 @@ class Batch:
         if sequence.slot != slot:
             self._runner.move(sequence.slot, slot, sequence.computed)
             sequence.slot = slot
+
+
+def _constrained(sequence: Sequence, logits: torch.Tensor) -> Delta | None:
+    """Forbid what the sequence's grammar forbids; a Delta where that fails."""
+    assert sequence.grammar is not None
+    try:
+        sequence.grammar.forbid(logits)
+    except InvalidCall as error:
+        return Delta(error=error)
+    return None
 
 
 def _piece(sequence: Sequence, count: int) -> Piece:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import Tokenizer
 
-from backends import vllm_orphans
+from backends import vllm_grammars, vllm_orphans
 from backends.base import (
     Backend,
     BackendDead,
@@ -95,7 +95,7 @@ class VLLMBackend(Backend):
     """Generation through vLLM, one engine per model.
 
     A resumed call goes on after `prompt + resumed`. Greedy decoding, frequency and repetition penalties,
-    min_tokens and max_tokens mean then what they mean without the break. Two things cannot be carried
+    min_tokens, max_tokens and grammar mean then what they mean without the break. Two things cannot be carried
     over: a seed starts a new random stream (derived from the seed and the break's position, hence still
     reproducible), and presence_penalty is charged twice to a token that both parts generated.
     """
@@ -120,6 +120,7 @@ class VLLMBackend(Backend):
         _set_environment()
         for model in self.spec.models:
             self._engines[model.name] = await _start_engine(self.spec, model)
+        vllm_grammars.leave_checking_to_the_gateway()
 
     async def stop(self) -> None:
         engines = list(self._engines.values())
@@ -252,6 +253,7 @@ def _engine_config(spec: BackendSpec, model: ModelSpec) -> "VllmConfig":
             served_model_name=model.name,
             max_model_len=model.context_length,
             max_logprobs=_MAX_LOGPROBS,
+            structured_outputs_config={"backend": vllm_grammars.LIBRARY},
             **options,
         ).create_engine_config(UsageContext.ENGINE_CONTEXT)
     except (TypeError, ValueError) as error:
@@ -294,7 +296,7 @@ def _prompt(call: GenerateCall) -> "TokensInput":
 
 def _engine_params(call: GenerateCall) -> "EngineParams":
     from vllm import SamplingParams as EngineParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     params, resumed = call.params, len(call.resumed_token_ids)
     return EngineParams(
@@ -312,6 +314,8 @@ def _engine_params(call: GenerateCall) -> "EngineParams":
         logprobs=params.logprobs,
         stop_token_ids=list(params.stop_token_ids),
         ignore_eos=params.ignore_eos,
+        structured_outputs=None if params.grammar is None else StructuredOutputsParams(grammar=params.grammar),
+        extra_args={vllm_grammars.RESUMED: resumed} if params.grammar is not None and resumed else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA if call.is_streaming else RequestOutputKind.FINAL_ONLY,
         skip_clone=True,

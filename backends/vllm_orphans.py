@@ -14,6 +14,8 @@ import signal
 import sys
 from importlib.metadata import entry_points
 
+from backends import vllm_grammars
+
 HOLDER_ENV = "SWITCHYARD_VLLM_HOLDER"
 """Process id of the worker. Unset (a vLLM that is not ours): the plugins do nothing."""
 
@@ -57,6 +59,7 @@ def register() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     _leave_termination_to_the_worker()
     atexit.register(_exit_at_once)
+    vllm_grammars.register()
 
 
 def _leave_termination_to_the_worker() -> None:

@@ -58,13 +58,19 @@ class Peer:
 Starter = Callable[[Path, int], "contextlib.AbstractContextManager[Peer]"]
 
 
-@contextlib.contextmanager
-def litellm(folder: Path, upstream_port: int) -> Iterator[Peer]:
-    """LiteLLM's proxy: one process, a key to check, no database, nothing logged."""
+def install_litellm(folder: Path) -> Path:
+    """LiteLLM in a virtual environment of its own, installed if it is not there yet; the environment's folder."""
     home = folder.absolute() / "litellm"
     if not (home / "bin" / "litellm").exists():
         _run([sys.executable, "-m", "venv", str(home)])
         _run([str(home / "bin" / "pip"), "install", "--quiet", _LITELLM])
+    return home
+
+
+@contextlib.contextmanager
+def litellm(folder: Path, upstream_port: int) -> Iterator[Peer]:
+    """LiteLLM's proxy: one process, a key to check, no database, nothing logged."""
+    home = install_litellm(folder)
     version = _installed_version(home / "bin" / "python", "litellm")
     upstream = {"model": "openai/echo", "api_base": f"http://127.0.0.1:{upstream_port}/v1", "api_key": "none"}
     config = {

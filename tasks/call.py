@@ -38,7 +38,8 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     format: dict[str, Any] = field(default_factory=dict)
-    """What shapes the answer: encoding_format, dimensions, return_documents, top_n, top_logprobs, pairs, tools, …"""
+    """What shapes the answer: encoding_format, dimensions, return_documents, top_n, top_logprobs, pairs, tools,
+    constrained_by, …"""
     options: dict[str, str | int | float] = field(default_factory=dict)
     """Echo's delays and failures."""
     token_ids: list[list[int]] = field(default_factory=list)
@@ -60,6 +61,11 @@ class Call:
     def service_tier(self) -> str | None:
         """flex or priority, where the caller asked for one of them."""
         return self.format.get("service_tier")
+
+    @property
+    def constrained_by(self) -> str:
+        """The parameter that says what the text must look like (`params["grammar"]`)."""
+        return str(self.format.get("constrained_by", "grammar"))
 
     @property
     def num_queries(self) -> int:

@@ -158,7 +158,7 @@ def unsupported_parameter(call: Call, capabilities: Capabilities, runtime: str) 
             if call.params[name] > capabilities.max_logprobs or not capabilities.max_logprobs:
                 return "logprobs"
         elif name not in capabilities.parameters:
-            return name
+            return call.constrained_by if name == "grammar" else name
     return None
 
 

@@ -7,12 +7,12 @@ from pydantic_core import PydanticCustomError
 
 from api.schemas.fields import FALSE, MESSAGE_NO_EFFECT, NOTHING, Messages
 from api.schemas.sampling import SAMPLING_NO_EFFECT, Sampling
-from api.schemas.tools import NamedTool, Tools
+from api.schemas.tools import NamedTool, Tools, forced
 from tasks.call import Call
 
 
 class ChatRequest(Sampling):
-    """Text in, text and calls of tools out: no structured output, no other modality."""
+    """Text in, text and calls of tools out: no other modality."""
 
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1, description="The same as max_tokens.")] | None = (
@@ -35,7 +35,6 @@ class ChatRequest(Sampling):
         "web_search_options": NOTHING,
         "reasoning_effort": (None, "none"),
         "verbosity": (None, "medium"),
-        "tools.function.strict": FALSE,
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
         "best_of": (None, 1),
@@ -61,15 +60,35 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _tools_agree(self) -> "ChatRequest":
-        if self.tool_choice not in (None, "none", "auto"):
-            if not self.tools:
-                raise PydanticCustomError("tool_choice", "is only allowed with tools")
-            raise PydanticCustomError("unsupported:tool_choice", "can only be auto or none")
+        if self.is_call_forced and not self.tools:
+            raise PydanticCustomError("tool_choice", "is only allowed with tools")
+        if not self.tools or self.tool_choice == "none":
+            return self
+        if (other := super().constraint()) is not None:
+            raise PydanticCustomError(f"unsupported:{other[1]}", "cannot be combined with tools")
+        for number, tool in enumerate(self.tools):
+            if tool.function.strict and not self.is_call_forced:
+                field = f"unsupported:tools.{number}.function.strict"
+                raise PydanticCustomError(field, "can only be kept with tool_choice required or a function")
         return self
+
+    @property
+    def is_call_forced(self) -> bool:
+        """Whether the model must call a function."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    def constraint(self) -> tuple[str, str] | None:
+        if not self.is_call_forced or not self.tools:
+            return super().constraint()
+        functions = {tool.function.name: tool.function.parameters or {} for tool in self.tools}
+        name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        is_single = name is not None or self.parallel_tool_calls is False
+        where = "tools.{}.function.parameters"
+        return forced(functions, where, name=name, is_single=is_single), "tool_choice"
 
     def to_call(self) -> Call:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        shape: dict[str, Any] = {**self.tier()}
+        shape: dict[str, Any] = self.shape()
         if logprobs is not None:
             shape["top_logprobs"] = logprobs
         if self.tools and self.tool_choice != "none":

@@ -40,7 +40,7 @@ class CompletionRequest(Sampling):
         return self
 
     def to_call(self) -> Call:
-        shape: dict[str, Any] = {**self.tier()}
+        shape: dict[str, Any] = self.shape()
         if self.logprobs is not None:
             shape["top_logprobs"] = self.logprobs
         if self.echo:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from api import grammars
 from api.schemas.fields import (
     FALSE,
     MAX_TOOLS,
@@ -18,6 +19,8 @@ from api.schemas.fields import (
     WireModel,
 )
 from api.schemas.sampling import canonical
+from api.schemas.structured import JSONSchema
+from api.schemas.tools import forced
 from tasks.call import Call
 from tasks.identity import MESSAGES
 
@@ -151,7 +154,9 @@ class ToolParam(WireModel):
 
     name: FunctionName
     description: Annotated[str, Field(max_length=16_384)] | None = None
-    input_schema: Annotated[dict[str, Any], Field(description="JSON Schema. Shown to the model, not enforced.")]
+    input_schema: Annotated[
+        dict[str, Any], Field(description="JSON Schema. Enforced where tool_choice is any or tool.")
+    ]
     type: Literal["custom"] | None = None
     cache_control: CacheControl | None = None
 
@@ -169,10 +174,23 @@ class ToolChoice(WireModel):
     disable_parallel_tool_use: bool | None = None
 
     @model_validator(mode="after")
-    def _can_be_honoured(self) -> "ToolChoice":
-        if self.type in ("any", "tool"):
-            raise PydanticCustomError("unsupported_parameter", "can only be auto or none")
+    def _type_and_name_agree(self) -> "ToolChoice":
+        if (self.name is not None) != (self.type == "tool"):
+            raise PydanticCustomError("at:name", "is required with type tool, and only there")
         return self
+
+
+class OutputFormat(WireModel):
+    """JSON that is valid by a schema."""
+
+    type: Literal["json_schema"]
+    schema_: JSONSchema = Field(alias="schema")
+
+
+class OutputConfig(WireModel):
+    """What the text must look like."""
+
+    format: OutputFormat | None = None
 
 
 class MessageMetadata(WireModel):
@@ -244,19 +262,47 @@ class MessagesRequest(CallModel):
     tool_choice: ToolChoice | None = None
     metadata: MessageMetadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    output_config: OutputConfig | None = None
     options: EchoOptions | None = None
 
     text_fields: ClassVar = ("messages",)
-    no_effect: ClassVar = _NO_EFFECT
+    no_effect: ClassVar = {name: idle for name, idle in _NO_EFFECT.items() if name != "output_config"} | {
+        "output_config.effort": NOTHING
+    }
 
     @model_validator(mode="after")
     def _the_user_speaks_last(self) -> "MessagesRequest":
         _check_last(self.messages)
         return self
 
+    @model_validator(mode="after")
+    def _the_form_can_be_kept(self) -> "MessagesRequest":
+        if self.tool_choice is not None and self.tool_choice.type in ("any", "tool") and not self.tools:
+            raise PydanticCustomError("tool_choice", "is only allowed with tools")
+        if self.output_config is not None and self.output_config.format is not None:
+            if self.tools and (self.tool_choice is None or self.tool_choice.type != "none"):
+                raise PydanticCustomError("unsupported:output_config", "cannot be combined with tools")
+        elif (constraint := self.constraint()) is not None and len(constraint[0]) > grammars.MAX_CHARS:
+            raise PydanticCustomError("tool_choice", "asks for too large a form")
+        return self
+
+    def constraint(self) -> tuple[str, str] | None:
+        """What the text must look like, as a grammar, and the field that says so."""
+        if self.output_config is not None and self.output_config.format is not None:
+            return grammars.of_schema(self.output_config.format.schema_), "output_config"
+        choice = self.tool_choice
+        if choice is None or choice.type not in ("any", "tool") or not self.tools:
+            return None
+        schemas = {tool.name: tool.input_schema for tool in self.tools}
+        is_single = choice.type == "tool" or bool(choice.disable_parallel_tool_use)
+        return forced(schemas, "tools.{}.input_schema", name=choice.name, is_single=is_single), "tool_choice"
+
     def to_call(self) -> Call:
         sampling = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
         shape: dict[str, Any] = {}
+        given: dict[str, Any] = {}
+        if (constraint := self.constraint()) is not None:
+            given["grammar"], shape["constrained_by"] = constraint
         if tools := _definitions(self.tools, self.tool_choice):
             shape["tools"] = tools
             if self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use:
@@ -267,7 +313,7 @@ class MessagesRequest(CallModel):
             model=self.model,
             messages=_chat(self.system, self.messages),
             max_tokens=self.max_tokens,
-            params=canonical(sampling),
+            params=canonical(sampling, given),
             stop=sorted(set(self.stop_sequences or ())),
             stream=bool(self.stream),
             format=shape,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from api import grammars
 from api.schemas.fields import (
     COMMON_NO_EFFECT,
     FALSE,
@@ -20,12 +21,13 @@ from api.schemas.fields import (
     TokenId,
     WireModel,
 )
+from api.schemas.structured import ResponseFormat, StructuredOutputs
 from backends.base import SamplingParams
 
 _NO_EFFECT_VALUES = {
     name: value
     for name, value in asdict(SamplingParams(max_tokens=1)).items()
-    if name not in {"max_tokens", "logprobs"}
+    if name not in {"max_tokens", "logprobs", "grammar"}
 }
 _SAMPLING_FIELDS = frozenset(_NO_EFFECT_VALUES)
 _MAX_BIASES = 1024
@@ -69,6 +71,8 @@ class Sampling(CallModel):
     prompt_cache_key: Label | None = None
     metadata: Metadata | None = Field(None, description="Accepted, and not kept: answers are not stored objects.")
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: Annotated[StructuredOutputs, Field(description="vLLM's.")] | None = None
     options: EchoOptions | None = None
 
     @model_validator(mode="after")
@@ -77,17 +81,46 @@ class Sampling(CallModel):
             raise PydanticCustomError("stream_options", "is only allowed with stream: true")
         return self
 
+    @model_validator(mode="after")
+    def _the_form_can_be_kept(self) -> "Sampling":
+        if (constraint := self.constraint()) is None:
+            return self
+        if len(constraint[0]) > grammars.MAX_CHARS:
+            raise PydanticCustomError(constraint[1], "asks for too large a form")
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise PydanticCustomError("structured_outputs", "cannot be combined with response_format")
+        # Past the end of a form nothing but the end of the sequence is possible.
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise PydanticCustomError(f"unsupported:{name}", "cannot be combined with a form of the output")
+        return self
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    def constraint(self) -> tuple[str, str] | None:
+        """What the text must look like, as a grammar, and the field that says so."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.wanted, "structured_outputs"
+        if self.response_format is not None and (grammar := self.response_format.grammar) is not None:
+            return grammar, "response_format"
+        return None
+
     def params(self, logprobs: int | None) -> dict[str, Any]:
         """The `SamplingParams` fields that change something. JSON types only, in a fixed order."""
-        return given_params(self, logprobs)
+        given = given_params(self, logprobs)
+        if (constraint := self.constraint()) is not None:
+            given["grammar"] = constraint[0]
+        return given
 
-    def tier(self) -> dict[str, str]:
-        """The tier that was asked for by name. An answer says it, so requests of two tiers share no run."""
-        return {"service_tier": self.service_tier} if self.service_tier in ("flex", "priority") else {}
+    def shape(self) -> dict[str, Any]:
+        """What of `Call.format` chats and completions have in common: the tier that was asked for by name (an answer
+        says it, so requests of two tiers share no run), and what constrains the text."""
+        made: dict[str, Any] = {"service_tier": self.service_tier} if self.service_tier in ("flex", "priority") else {}
+        if (constraint := self.constraint()) is not None:
+            made["constrained_by"] = constraint[1]
+        return made
 
     def stops(self) -> list[str]:
         """Whichever matches first ends the text, so neither order nor repetition means anything."""
@@ -126,12 +159,16 @@ SAMPLING_NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": FALSE,
     "length_penalty": (None, 1, 1.0),
     "early_stopping": FALSE,
-    "structured_outputs": NOTHING,
+    "structured_outputs.disable_any_whitespace": FALSE,
+    "structured_outputs.disable_additional_properties": FALSE,
+    "structured_outputs.whitespace_pattern": NOTHING,
+    "structured_outputs.structural_tag": NOTHING,
     "guided_json": NOTHING,
     "guided_regex": NOTHING,
     "guided_choice": NOTHING,
     "guided_grammar": NOTHING,
-    "response_format": (None, {"type": "text"}),
+    "guided_decoding_backend": NOTHING,
+    "guided_whitespace_pattern": NOTHING,
     "include_stop_str_in_output": FALSE,
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),

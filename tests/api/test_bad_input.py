@@ -48,6 +48,9 @@ VALID: dict[str, dict[str, Any]] = {
 }
 MISSING = object()
 CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+DEEP: dict[str, Any] = {"not": {"not": {"not": {}}}}
+for _ in range(24):
+    DEEP = {"not": DEEP}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 
 
@@ -168,11 +171,10 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
     ]],
     *[(CHAT, field, value, "unsupported_parameter", None) for field, value in [
         ("functions", [{"name": SECRET}]), ("function_call", {"name": SECRET}),
-        ("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema", "x": SECRET}),
         ("audio", {"voice": SECRET}), ("modalities", ["text", "audio"]), ("prediction", {"content": SECRET}),
         ("web_search_options", {}), ("store", True), ("store", 0), ("reasoning_effort", "high"),
-        ("verbosity", "low"), ("best_of", 2), ("structured_outputs", {"regex": SECRET}), ("guided_json", {"a": 1}),
-        ("guided_regex", SECRET), ("chat_template", SECRET), ("chat_template_kwargs", {"a": SECRET}),
+        ("verbosity", "low"), ("best_of", 2), ("guided_json", {"a": 1}),
+        ("chat_template", SECRET), ("chat_template_kwargs", {"a": SECRET}),
         ("add_generation_prompt", False), ("continue_final_message", True), ("documents", [SECRET]),
         ("priority", 1), ("prompt_logprobs", 1), ("use_beam_search", True), ("bad_words", [SECRET]),
         ("skip_special_tokens", False), ("cache_salt", SECRET), ("kv_transfer_params", {}),
@@ -213,9 +215,16 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
         ("stop_sequences", SECRET, "validation_error", None), ("stop_sequences", [""], "validation_error", "stop_sequences.0"),
         ("metadata", {"user_id": 7}, "validation_error", None),
         ("metadata", {"other": SECRET}, "unknown_field", None),
+        ("output_config", {"effort": "low"}, "unsupported_parameter", "output_config.effort"),
+        ("output_config", {"format": {"type": SECRET}}, "validation_error", "output_config.format.type"),
+        ("output_config", {"format": {"type": "json_schema"}}, "validation_error", "output_config.format.schema"),
+        ("output_config", {"format": {"type": "json_schema", "schema": DEEP}}, "validation_error",
+         "output_config.format.schema"),
         ("thinking", {"type": "enabled", "budget_tokens": 1024}, "unsupported_parameter", None),
-        ("tool_choice", {"type": "any"}, "unsupported_parameter", None),
-        ("tool_choice", {"type": "tool", "name": "f"}, "unsupported_parameter", None),
+        ("tool_choice", {"type": "any"}, "validation_error", None),
+        ("tool_choice", {"type": "tool", "name": "f"}, "validation_error", None),
+        ("tool_choice", {"type": "tool"}, "validation_error", "tool_choice.name"),
+        ("tool_choice", {"type": "auto", "name": "f"}, "validation_error", "tool_choice.name"),
         ("tools", [{"name": "f"}], "validation_error", "tools.0.input_schema"),
         ("tools", [{"name": SECRET, "input_schema": {}}], "validation_error", "tools.0.name"),
         ("service_tier", "flex", "validation_error", None), ("mcp_servers", [SECRET], "unsupported_parameter", None),
@@ -244,8 +253,46 @@ WRONG_VALUES: list[tuple[str, str, Any, str, str | None]] = [
       ]],
     *[(COMPLETIONS, field, value, "unsupported_parameter", None) for field, value in [
         ("suffix", SECRET), ("suffix", ""), ("best_of", 2), ("prompt_embeds", SECRET), ("add_special_tokens", False),
-        ("response_format", {"type": "json_object"}), ("allowed_token_ids", [1]),
+        ("allowed_token_ids", [1]),
     ]],
+    *[(endpoint, f"guided_{kind}", SECRET, "unsupported_parameter", None) for endpoint in (CHAT, COMPLETIONS)
+      for kind in ("json", "regex", "choice", "grammar", "decoding_backend", "whitespace_pattern")],
+    *[(endpoint, field, value, "validation_error", param) for endpoint in (CHAT, COMPLETIONS)
+      for field, value, param in [
+        ("response_format", SECRET, None), ("response_format", {"type": SECRET}, "response_format.type"),
+        ("response_format", {}, "response_format.type"),
+        ("response_format", {"type": "json_schema"}, "response_format.json_schema"),
+        ("response_format", {"type": "text", "json_schema": {"name": "f"}}, "response_format.json_schema"),
+        *[("response_format", {"type": "json_schema", "json_schema": value}, f"response_format.json_schema{param}")
+          for value, param in [
+            (SECRET, ""), ({"schema": {}}, ".name"), ({"name": SECRET}, ".name"), ({"name": "f" * 65}, ".name"),
+            ({"name": "f", "schema": SECRET}, ".schema"), ({"name": "f", "schema": [SECRET]}, ".schema"),
+            ({"name": "f", "strict": "true"}, ".strict"), ({"name": "f", "schema": DEEP}, ".schema"),
+            ({"name": "f", "schema": {"enum": [1] * 9000}}, ".schema"),
+            ({"name": "f", "schema": {"const": SECRET * 7000}}, ".schema"),
+          ]],
+        ("structured_outputs", SECRET, None), ("structured_outputs", {}, None),
+        ("structured_outputs", {"regex": SECRET, "choice": [SECRET]}, None),
+        ("structured_outputs", {"regex": None}, None),
+        *[("structured_outputs", {name: value}, f"structured_outputs.{name}{param}") for name, value, param in [
+            ("json", SECRET, ""), ("json", "{", ""), ("json", "[1]", ""), ("json", 7, ""), ("json", DEEP, ""),
+            ("json", json.dumps(DEEP), ""), ("regex", "", ""), ("regex", [SECRET], ""), ("regex", SECRET * 7000, ""),
+            ("choice", SECRET, ""), ("choice", [], ""), ("choice", [7], ".0"), ("choice", [SECRET] * 1025, ""),
+            ("choice", [SECRET * 400], ".0"), ("grammar", "", ""), ("grammar", {SECRET: 1}, ""),
+            ("json_object", False, ""), ("json_object", SECRET, ""),
+          ]],
+        ("structured_outputs", {"choice": ["x" * 4000] * 20}, None),
+      ]],
+    (CHAT, "response_format", {"type": "json_object", SECRET: 1}, "unknown_field", "response_format"),
+    (CHAT, "response_format", {"type": "json_object", "other": 1}, "unknown_field", "response_format.other"),
+    (CHAT, "response_format", {"type": "json_schema", "json_schema": {"name": "f", "schema": {"x-guidance": SECRET}}},
+     "unsupported_parameter", "response_format.json_schema.schema"),
+    (CHAT, "structured_outputs", {"structural_tag": SECRET}, "unsupported_parameter",
+     "structured_outputs.structural_tag"),
+    (CHAT, "structured_outputs", {"regex": "a", "whitespace_pattern": SECRET}, "unsupported_parameter",
+     "structured_outputs.whitespace_pattern"),
+    (CHAT, "structured_outputs", {"regex": "a", "disable_any_whitespace": True}, "unsupported_parameter",
+     "structured_outputs.disable_any_whitespace"),
     (COMPLETIONS, "logprobs", 6, "number_out_of_range", None),
     (COMPLETIONS, "logprobs", True, "validation_error", None),
     (COMPLETIONS, "echo", 1, "validation_error", None),
@@ -429,9 +476,25 @@ TOGETHER: list[tuple[str, dict[str, Any], str, str | None]] = [
     (CHAT, {"tools": [], "temperature": 3}, "number_out_of_range", "temperature"),
     (CHAT, {"tools": [], "functions": [{}]}, "unsupported_parameter", "functions"),
     (CHAT, {"tools": None, SECRET: 1}, "unknown_field", None),
-    (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
-    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "unsupported_parameter",
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "SECRET"}}}, "validation_error",
      "tool_choice"),
+    *[(CHAT, {"tools": [TOOL, {"type": "function", "function": {"name": "g", "parameters": schema}}],
+              "tool_choice": "required"}, "validation_error", "tools.1.function.parameters")
+      for schema in ({"type": "array"}, {"type": [SECRET]}, DEEP)],
+    (CHAT, {"tools": [TOOL], "response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+    (CHAT, {"tools": [TOOL], "tool_choice": "required", "structured_outputs": {"regex": SECRET}},
+     "unsupported_parameter", "structured_outputs"),
+    (CHAT, {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": SECRET}}, "validation_error",
+     "structured_outputs"),
+    *[(endpoint, {"response_format": {"type": "json_object"}} | other, "unsupported_parameter", next(iter(other)))
+      for endpoint in (CHAT, COMPLETIONS) for other in ({"ignore_eos": True}, {"min_tokens": 2})],
+    (MESSAGES, {"tools": [{"name": "f", "input_schema": DEEP}], "tool_choice": {"type": "any"}}, "validation_error",
+     "tools.0.input_schema"),
+    (MESSAGES, {"tools": [{"name": "f", "input_schema": {}}],
+                "output_config": {"format": {"type": "json_schema", "schema": {}}}}, "unsupported_parameter",
+     "output_config"),
+    (MESSAGES, {"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "tool", "name": "SECRET"}},
+     "validation_error", "tool_choice"),
     (COMPLETIONS, {"echo": True, "logprobs": 1}, "unsupported_parameter", "echo"),
     (COMPLETIONS, {"n": 2, "best_of": 3}, "unsupported_parameter", "best_of"),
     (COMPLETIONS, {"n": 2, "best_of": 1}, "unsupported_parameter", "best_of"),

@@ -2,9 +2,13 @@
 
 import asyncio
 import contextlib
+import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from tokenizers import Tokenizer
 
 import catalog
 import settings
-from backends.base import Backend, Chunk, EncodeCall, GenerateCall, InvalidCall, SamplingParams
+from backends.base import Backend, BackendError, Chunk, EncodeCall, GenerateCall, InvalidCall, SamplingParams
 from backends.registry import backend_class
 from catalog import BackendSpec, ModelSpec
 
@@ -203,12 +207,114 @@ class Encodes:
         assert scores[1] > scores[0]
 
 
+COUNTRY = """start: %json {"type": "object", "properties": {"country": {"enum": ["France", "Italy"]}, "capital":
+    {"type": "string", "maxLength": 20}, "rank": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "required": ["country", "capital", "rank"], "additionalProperties": false,
+    "x-guidance": {"whitespace_flexible": false, "item_separator": ", ?", "key_separator": ": ?"}}"""
+
+
+COSTLY = {
+    # Too many at one place, seen as a token is taken.
+    "rules": 'start: "begin " all\nall: {}\n{}'.format(
+        " | ".join(f"r{number}" for number in range(2500)),
+        "\n".join(f'r{number}: "x" "{number}"' for number in range(2500)),
+    ),
+    # Too many states, seen as the next tokens are looked for.
+    "characters": 'start: "begin " /(.*a.{60}|.*b.{55}[a-z].*c.{30}|.*d.{44}e.{33}f.{22}.*|(.*[a-f].{33}[g-z]){9})/',
+}
+
+
+class Constrains:
+    """Of a backend whose text follows a grammar."""
+
+    name: str
+
+    pytestmark = pytest.mark.asyncio(loop_scope="class")
+
+    @pytest.mark.parametrize("temperature", [0.0, 2.0])
+    async def test_json_is_valid_however_it_is_sampled(self, backend: Backend, temperature: float) -> None:
+        call = call_for(backend.spec.models[0], PROMPTS[0], max_tokens=90, grammar=COUNTRY, temperature=temperature)
+        chunks = await run(backend, replace(call, params=replace(call.params, seed=3)))
+        found = json.loads(joined(chunks)[0])
+        assert found.keys() == {"country", "capital", "rank"}
+        assert found["country"] in ("France", "Italy")
+        assert 1 <= found["rank"] <= 99
+        assert chunks[-1].finish_reason == "stop"
+
+    @pytest.mark.parametrize(
+        ("grammar", "pattern"),
+        [
+            ('start: "yes, certainly" | "no, never"', "yes, certainly|no, never"),
+            (r"start: /[A-Z]{3}\/[0-9]{2}/", r"[A-Z]{3}/[0-9]{2}"),
+            ('root ::= "[" digit ("," digit)? "]"\ndigit ::= [0-9]', r"\[[0-9](,[0-9])?\]"),
+        ],
+    )
+    async def test_other_forms(self, backend: Backend, grammar: str, pattern: str) -> None:
+        text, _ = joined(
+            await run(backend, call_for(backend.spec.models[0], PROMPTS[2], max_tokens=40, grammar=grammar))
+        )
+        assert re.fullmatch(pattern, text)
+
+    async def test_the_grammar_goes_on_wherever_an_attempt_stopped(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        text, tokens = joined(await run(backend, call_for(model, PROMPTS[0], max_tokens=90, grammar=COUNTRY)))
+        for cut in range(1, len(tokens) + 1):
+            resumed = tuple(tokens[:cut])
+            chunks = await run(backend, call_for(model, PROMPTS[0], f"cut-{cut}", max_tokens=90, grammar=COUNTRY,
+                                                 resumed_token_ids=resumed))  # fmt: skip
+            assert [*resumed, *joined(chunks)[1]] == tokens
+            assert text.endswith(joined(chunks)[0])
+            assert chunks[-1].finish_reason == "stop"
+
+    async def test_tokens_that_do_not_follow_the_grammar_are_not_gone_on_from(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        foreign = tuple(tokens_of(model, "Once upon"))
+        with pytest.raises(BackendError):
+            await run(backend, call_for(model, PROMPTS[0], "foreign", grammar=COUNTRY, resumed_token_ids=foreign))
+        assert joined(await run(backend, call_for(model, PROMPTS[0], "after", grammar='start: "ok"')))[0] == "ok"
+
+    async def test_company_with_and_without_grammars(self, backend: Backend) -> None:
+        model = backend.spec.models[0]
+        fields: list[dict[str, Any]] = [{}, {"grammar": COUNTRY, "max_tokens": 60}, {"grammar": 'start: "a" | "b"'}, {}]
+        calls = [call_for(model, PROMPTS[0], f"mixed-{number}", **one) for number, one in enumerate(fields)]
+        alone = [joined(await run(backend, call)) for call in calls]
+        assert [joined(chunks) for chunks in await asyncio.gather(*[run(backend, call) for call in calls])] == alone
+
+    async def test_grammars_that_are_slow_to_compile_do_not_hold_up_the_loop(self, backend: Backend) -> None:
+        """All of them take seconds; the worker's heartbeats have to go on."""
+        schema: dict[str, Any] = {"type": "string"}
+        for _ in range(11):
+            schema = {"type": "object", "properties": {"a": schema, "b": schema}, "additionalProperties": False}
+        grammar = f"start: %json {json.dumps(schema)}"
+        calls = [call_for(backend.spec.models[0], PROMPTS[0], f"slow-{number}", grammar=grammar) for number in range(6)]
+        longest, before = 0.0, time.monotonic()
+        running = asyncio.gather(*[run(backend, call) for call in calls])
+        while not running.done():
+            await asyncio.sleep(0.01)
+            longest, before = max(longest, time.monotonic() - before), time.monotonic()
+        assert all(joined(chunks)[0].startswith("{") for chunks in await running)
+        assert longest < 1.0
+
+    @pytest.mark.parametrize("kind", ["rules", "characters"])
+    async def test_a_grammar_out_of_bounds_fails_and_harms_nobody(self, backend: Backend, kind: str) -> None:
+        """Out of llguidance's bounds only after some text, so that no check beforehand can see it."""
+        model = backend.spec.models[0]
+        for attempt in range(4):
+            call = call_for(
+                model, PROMPTS[0], f"costly-{attempt}", grammar=COSTLY[kind], max_tokens=200, temperature=2.0
+            )
+            with pytest.raises(BackendError):
+                await run(backend, replace(call, params=replace(call.params, seed=attempt)))
+        backend.check_health()
+        assert joined(await run(backend, call_for(model, PROMPTS[0], "after", grammar='start: "ok"')))[0] == "ok"
+
+
 class TestEcho(Generates, Encodes):
     name = "echo"
 
 
 @pytest.mark.models
-class TestGPT(Generates):
+class TestGPT(Generates, Constrains):
     name = "gpt"
 
 
@@ -219,7 +325,7 @@ class TestBERT(Encodes):
 
 @pytest.mark.models
 @pytest.mark.vllm
-class TestVLLM(Generates):
+class TestVLLM(Generates, Constrains):
     name = "vllm"
 
 

@@ -199,6 +199,17 @@ def test_a_job_waits_for_a_worker_that_comes_later(stack: Stack) -> None:
     assert result["choices"][0]["message"]["content"] == "user: the *** word is ***\n", "the model masks these words"
 
 
+def test_the_numbers_of_events_can_be_left_out(stack: Stack) -> None:
+    body = chat("numbered", stream=True, options={"token_ms": 1})
+    with stack.client() as client:
+        with_ids, without = (client.post("/v1/chat/completions", json=body, headers={"Cache-Control": "no-store", **more})
+                             for more in ({}, {"Prefer": "no-event-ids"}))  # fmt: skip
+    assert "\nid: 2\n" in with_ids.text
+    assert without.headers["preference-applied"] == "no-event-ids"
+    assert all(line.startswith("data: ") for line in without.text.splitlines() if line)
+    assert without.text.count("data: ") == with_ids.text.count("data: ")
+
+
 def test_prefer_respond_async_and_wait(stack: Stack) -> None:
     slow = chat("abcdef", options={"first_token_ms": 1500})
     with stack.client() as client:

@@ -128,6 +128,10 @@ def test_echos_options_need_echo(served: Catalog) -> None:
     assert router.unsupported_parameter(call(options={"token_ms": 1}), capabilities, "gpt") == "options"
     assert router.unsupported_parameter(call(params={"logprobs": 20}), capabilities, "gpt") is None
     assert router.unsupported_parameter(call(params={"logprobs": 21}), capabilities, "gpt") == "logprobs"
+    constrained = call(params={"grammar": 'start: "a"'}, format={"constrained_by": "response_format"})
+    assert router.unsupported_parameter(constrained, capabilities, "gpt") is None
+    echo = backend_class("echo").capabilities
+    assert router.unsupported_parameter(constrained, echo, "echo") == "response_format"
 
 
 def test_a_longer_answer_scores_worse(served: Catalog) -> None:

@@ -108,7 +108,7 @@ def _object(origin: Origin, status: str) -> JSON:
         "service_tier": "default",
         "store": asked["store"],
         "temperature": asked["temperature"],
-        "text": {"format": {"type": "text"}},
+        "text": {"format": asked.get("text_format", {"type": "text"})},
         "tool_choice": "auto",
         "tools": [],
         "top_logprobs": asked["top_logprobs"],

@@ -5,8 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from api import grammars
 from api.schemas.fields import COMMON_NO_EFFECT, NOTHING, EchoOptions, Label, Metadata, ModelName, WireModel
 from api.schemas.sampling import given_params
+from api.schemas.structured import JSONSchema
 from api.schemas.webhooks import ResponseWebhook
 from tasks.call import Call
 
@@ -55,14 +57,6 @@ def _text_of(content: Any) -> str:
     return "".join(part["text"] for part in content)
 
 
-def _as_text_format(value: Any) -> Any:
-    if type(value) is dict and value.get("type") in ("json_schema", "json_object"):
-        raise PydanticCustomError("unsupported_parameter", "can only be text")
-    if value is not None and value != {"type": "text"}:
-        raise PydanticCustomError("validation_error", 'must be {"type": "text"}')
-    return value
-
-
 _PART_SCHEMA = {
     "type": "object",
     "properties": {"type": {"enum": sorted(_PARTS)}, "text": {"type": "string"}},
@@ -86,18 +80,40 @@ _INPUT_SCHEMA = {
         },
     ]
 }
-_FORMAT_SCHEMA = {"type": "object", "properties": {"type": {"const": "text"}}, "required": ["type"]}
 
 Messages = Annotated[
     list[dict[str, str]], BeforeValidator(_as_messages), Field(max_length=_MOST_ITEMS), WithJsonSchema(_INPUT_SCHEMA)
 ]
-TextFormat = Annotated[dict[str, str] | None, BeforeValidator(_as_text_format), WithJsonSchema(_FORMAT_SCHEMA)]
+
+
+class TextFormat(WireModel):
+    """Text, any JSON object, or JSON that is valid by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    description: Annotated[str, Field(max_length=16_384)] | None = None
+    schema_: JSONSchema | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="Either way the schema is enforced as it stands.")
+
+    @model_validator(mode="after")
+    def _type_and_schema_agree(self) -> "TextFormat":
+        for field, value in (("name", self.name), ("schema", self.schema_)):
+            if (value is not None) != (self.type == "json_schema"):
+                raise PydanticCustomError(f"at:{field}", "is required with type json_schema, and only there")
+        return self
+
+    @property
+    def grammar(self) -> str | None:
+        """None: any text."""
+        if self.schema_ is not None:
+            return grammars.of_schema(self.schema_)
+        return None if self.type == "text" else grammars.of_any_object()
 
 
 class TextConfig(WireModel):
     """The form of the answer."""
 
-    format: TextFormat = None
+    format: TextFormat | None = None
 
 
 class ResponseStreamOptions(WireModel):
@@ -173,17 +189,25 @@ class ResponseRequest(WireModel):
         logprobs = (self.top_logprobs or 0) if wants_logprobs else None
         opening = [{"role": "system", "content": self.instructions}] if self.instructions else []
         context = context or []
+        shape: dict[str, Any] = {"response": self._kept(context)}
+        params = given_params(self, logprobs)
+        if (form := self._form) is not None and form.grammar is not None:
+            params["grammar"], shape["constrained_by"] = form.grammar, "text.format"
         return Call(
             endpoint="/v1/responses",
             task="generate",
             model=self.model,
             messages=[*opening, *map(_as_template_knows, [*context, *self.input])],
             max_tokens=self.max_output_tokens,
-            params=given_params(self, logprobs),
+            params=params,
             stream=bool(self.stream),
-            format={"response": self._kept(context)},
+            format=shape,
             options=self.options.given() if self.options else {},
         )
+
+    @property
+    def _form(self) -> TextFormat | None:
+        return None if self.text is None else self.text.format
 
     def _kept(self, context: list[dict[str, str]]) -> dict[str, Any]:
         """What the response shows of its request. Text is kept of stored responses only."""
@@ -195,6 +219,8 @@ class ResponseRequest(WireModel):
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_logprobs": self.top_logprobs or 0,
         }
+        if self._form is not None and self._form.type != "text":
+            kept["text_format"] = self._form.model_dump(by_alias=True, exclude_none=True)
         if self.is_stored:
             kept |= {
                 "instructions": self.instructions,

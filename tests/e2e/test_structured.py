@@ -211,3 +211,16 @@ def test_the_form_survives_the_death_of_its_worker(stack: Stack, backend: str) -
     assert text == undisturbed
     assert len([Person.model_validate(one) for one in json.loads(text)]) == 8
     assert stack.query("SELECT attempt FROM jobs WHERE is_stream ORDER BY created_at DESC LIMIT 1") == [(2,)]
+
+
+def test_a_response_is_parsed_and_shows_its_form(client: openai.OpenAI) -> None:
+    response = client.responses.parse(
+        model="on-gpt", input="Tell me about a person.", temperature=0, max_output_tokens=120, text_format=Person
+    )
+    assert response.output_parsed is not None
+    assert 0 <= response.output_parsed.age <= 120
+    shown: Any = client.responses.retrieve(response.id).text
+    assert (shown.format.type, shown.format.name) == ("json_schema", "Person")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="echo", input="x", text={"format": {"type": "json_object"}})
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "text.format")

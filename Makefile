@@ -41,9 +41,9 @@ test: install-dev ## Run the tests against real servers and real small models
 	@$(RUN) -m local.models --all
 	$(RUN) -m pytest --reruns 1 $(ARGS)
 
-clients: install-dev ## Test other projects' clients too; LiteLLM is installed beside this one
+clients: install-dev ## Test more clients with real models, and LiteLLM and vLLM's load generator (5 min)
 	$(RUN) -c "from benchmarks import peers; peers.install_litellm(peers.DEFAULT_FOLDER)"
-	$(RUN) -m pytest tests/e2e/test_peer_clients.py $(ARGS)
+	$(RUN) -m pytest -m clients tests/e2e $(ARGS)
 
 faults: install-dev ## Break a stack on purpose and check what was promised (12 min)
 	@$(RUN) -m tests.faults $(ARGS)

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import peers
 from tests.stack import ROOT, Stack
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.clients, pytest.mark.e2e]
 
 LITELLM_PYTHON = peers.DEFAULT_FOLDER / "litellm" / "bin" / "python"
 LITELLM = """

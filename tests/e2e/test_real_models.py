@@ -4,15 +4,18 @@ fp32 and greedy, so that an answer can be compared word for word with an undistu
 """
 
 import base64
+import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
 import openai
 import psutil
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.conftest import running
 from tests.stack import ROOT, Stack
@@ -147,17 +150,44 @@ def test_classify_and_rerank(stack: Stack) -> None:
     assert len(ranked) == 2
 
 
+class Person(BaseModel):
+    name: str = Field(max_length=20)
+    age: int = Field(ge=0, le=120)
+    trade: Literal["baker", "smith", "miller"]
+
+
+@pytest.mark.parametrize("model", ["on-gpt", "on-vllm"])
+def test_an_answer_has_the_form_asked_for(stack: Stack, model: str) -> None:
+    asked = chat(model, "Tell me about a person.", max_tokens=120)
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.secret, timeout=120) as client:
+        choice = client.chat.completions.parse(**asked, response_format=Person).choices[0]
+        form = {"structured_outputs": {"regex": r"[A-Z]{2}/[0-9]{3}"}}
+        matched = client.chat.completions.create(**asked, extra_body=form).choices[0]
+    assert choice.message.parsed is not None
+    assert choice.finish_reason == "stop"
+    assert re.fullmatch(r"[A-Z]{2}/[0-9]{3}", matched.message.content or "")
+
+
+FIVE = {"type": "array", "minItems": 5, "maxItems": 5, "items": Person.model_json_schema()}
+
+
 @pytest.mark.parametrize("backend", ["gpt", "vllm"])
-def test_a_stream_survives_the_death_of_its_worker(stack: Stack, backend: str) -> None:
-    asked = chat(f"on-{backend}", "Tell me a long story about a river and a mill.", max_tokens=120)
+def test_streams_survive_the_death_of_their_worker(stack: Stack, backend: str) -> None:
+    free = chat(f"on-{backend}", "Tell me a long story about a river and a mill.", max_tokens=120)
+    formed = chat(f"on-{backend}", "Who?", max_tokens=300, structured_outputs={"json": FIVE})
+    no_store = {"Cache-Control": "no-store"}
     with stack.client(timeout_s=300) as client:
-        undisturbed = text_of(client.post("/v1/chat/completions", json=asked, headers={"Cache-Control": "no-store"}))
-    stream = stack.read_stream("/v1/chat/completions", asked, **{"Cache-Control": "no-store"})
-    stream.wait_for(24)
+        undisturbed = [
+            text_of(client.post("/v1/chat/completions", json=asked, headers=no_store)) for asked in (free, formed)
+        ]
+    streams = [stack.read_stream("/v1/chat/completions", asked, **no_store) for asked in (free, formed)]
+    for stream in streams:
+        stream.wait_for(24)
     children = psutil.Process(stack.processes[backend].pid).children(recursive=True)
     stack.kill(backend)
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive, "a worker's children must not outlive it"
     stack.start_worker(backend, wait_s=240)
-    assert stream.text(within_s=200) == undisturbed
-    assert stack.query("SELECT attempt FROM jobs WHERE is_stream ORDER BY created_at DESC LIMIT 1") == [(2,)]
+    assert [stream.text(within_s=200) for stream in streams] == undisturbed
+    assert len([Person.model_validate(one) for one in json.loads(undisturbed[1])]) == 5
+    assert stack.query("SELECT attempt FROM jobs WHERE is_stream ORDER BY created_at DESC LIMIT 2") == [(2,), (2,)]

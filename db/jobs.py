@@ -1,8 +1,9 @@
 """The ledger: the statements by which workers and callers move a job from one state to the next.
 
 Each is set-based, guarded by the state it leaves, and safe to repeat. Time is Postgres's own, so no
-process's clock matters. A worker owns a job while the row names the worker and the attempt; whoever is
-not named updates nothing (the fence). Rows are locked in id order, so batches cannot deadlock.
+process's clock matters. A worker owns a job while the row names its life, and the run that it claimed is still
+the last; whoever is not the owner updates nothing (the fence). Rows are locked in id order, so batches cannot
+deadlock.
 """
 
 import enum
@@ -19,7 +20,7 @@ from db.session import Cursor
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A job that this worker now owns, and the attempt that proves it."""
+    """A job that this worker now owns, and the run that proves it."""
 
     id: uuid.UUID
     attempt: int
@@ -31,7 +32,8 @@ class Claimed:
     """Unix seconds."""
     queue_ms: float
     run: int
-    """How many attempts came before, counted or given back."""
+    """How many attempts came before, counted or given back, and how many retries. No two claims of a job have the
+    same, unlike `attempt`, which a release and a retry take back."""
     flight_id: uuid.UUID
     """Under whose name the run's events are kept: this job's, or that of the leader it took over from."""
 
@@ -41,6 +43,11 @@ class Claimed:
     @property
     def was_begun(self) -> bool:
         return self.run > 0
+
+
+_OWNS = "j.status = 'running' AND j.worker_id = i.worker_id AND jsonb_array_length(j.attempts) = i.run"
+"""The fence. Whatever takes a job from running to queued, and every retry, adds to `attempts`; nothing else does
+while it runs."""
 
 
 class Suspect(enum.Enum):
@@ -102,7 +109,7 @@ class Finished:
     """A successful attempt's outcome: the response body and what it cost."""
 
     id: uuid.UUID
-    attempt: int
+    run: int
     worker_id: int
     body: bytes
     sha256: bytes
@@ -114,7 +121,7 @@ class Finished:
 
 
 def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[int | None]:
-    """Store results: state, body and cache entry in one statement, fenced by worker and attempt.
+    """Store results: state, body and cache entry in one statement, fenced by worker and run.
 
     The number of followers that wait for the result, where this attempt's is the stored one (now, or by
     an earlier try whose answer was lost); None where another attempt owns the job or it was cancelled:
@@ -122,16 +129,16 @@ def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[int | None]:
     """
     rows = execute_values(
         cursor,
-        """
-        WITH input (id, attempt, worker_id, body, sha256, usage, ttft_ms, timings, events) AS (VALUES %s),
+        f"""
+        WITH input (id, run, worker_id, body, sha256, usage, ttft_ms, timings, events) AS (VALUES %s),
         owned AS (SELECT i.* FROM input i JOIN jobs j USING (id)
-            WHERE j.status = 'running' AND j.attempt = i.attempt AND j.worker_id = i.worker_id
+            WHERE {_OWNS}
             ORDER BY id FOR UPDATE OF j),
         done AS (UPDATE jobs j SET status = 'succeeded', finished_at = clock_timestamp(), usage = o.usage,
                 first_token_at = j.started_at + o.ttft_ms * interval '1 ms', timings = j.timings || o.timings
             FROM owned o WHERE j.id = o.id
             RETURNING j.id, j.tenant, j.model, j.backend, j.cache_key, j.cache_ttl_s, j.is_cache_refresh,
-                      j.num_followers, o.body, o.sha256, o.usage, o.events),
+                      j.num_followers, o.run, o.body, o.sha256, o.usage, o.events),
         stored AS (INSERT INTO job_results (job_id, body, sha256, events) SELECT id, body, sha256, events FROM done),
         cached AS (INSERT INTO response_cache
                 (key, tenant, model, backend, job_id, body, sha256, num_bytes, usage, expires_at)
@@ -143,10 +150,10 @@ def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[int | None]:
                 created_at = clock_timestamp(), last_hit_at = clock_timestamp(), expires_at = excluded.expires_at
             WHERE response_cache.expires_at <= clock_timestamp()
                OR (SELECT is_cache_refresh FROM done d WHERE d.id = excluded.job_id))
-        SELECT id, num_followers FROM done
-        """,
+        SELECT id, run, num_followers FROM done
+        """,  # noqa: S608 - a condition from this file alone
         [
-            (o.id, o.attempt, o.worker_id, o.body, o.sha256, o.usage, o.ttft_ms, o.timings,
+            (o.id, o.run, o.worker_id, o.body, o.sha256, o.usage, o.ttft_ms, o.timings,
              o.events)
             for o in outcomes
         ],
@@ -154,15 +161,20 @@ def finish(cursor: Cursor, outcomes: Sequence[Finished]) -> list[int | None]:
         page_size=1000,
         fetch=True,
     )  # fmt: skip
-    mine = dict(rows)
-    return [mine[outcome.id] if outcome.id in mine else _stored_before(cursor, outcome) for outcome in outcomes]
+    mine = {(job_id, run): num_followers for job_id, run, num_followers in rows}
+    return [
+        mine[one.id, one.run] if (one.id, one.run) in mine else _stored_before(cursor, one) for one in outcomes
+    ]  # fmt: skip
 
 
 def _stored_before(cursor: Cursor, outcome: Finished) -> int | None:
     """A look of its own: the statement's would not see what an overlapping first try committed meanwhile."""
     cursor.execute(
-        "SELECT num_followers FROM jobs WHERE id = %s AND status = 'succeeded' AND attempt = %s AND worker_id = %s",
-        (outcome.id, outcome.attempt, outcome.worker_id),
+        """
+        SELECT num_followers FROM jobs
+        WHERE id = %s AND status = 'succeeded' AND worker_id = %s AND jsonb_array_length(attempts) = %s
+        """,
+        (outcome.id, outcome.worker_id, outcome.run),
     )
     row = cursor.fetchone()
     return None if row is None else row[0]
@@ -173,7 +185,7 @@ class Ended:
     """An attempt that did not succeed."""
 
     id: uuid.UUID
-    attempt: int
+    run: int
     worker_id: int
     code: str
     message: str
@@ -191,11 +203,11 @@ def end(cursor: Cursor, endings: Sequence[Ended]) -> list[JobStatus | None]:
     """
     rows = execute_values(
         cursor,
-        """
-        WITH input (id, attempt, worker_id, error, is_retryable, is_counted, max_attempts) AS (VALUES %s),
-        owned AS (SELECT i.*, i.is_retryable AND (NOT i.is_counted OR i.attempt < i.max_attempts) AS is_requeued
+        f"""
+        WITH input (id, run, worker_id, error, is_retryable, is_counted, max_attempts) AS (VALUES %s),
+        owned AS (SELECT i.*, i.is_retryable AND (NOT i.is_counted OR j.attempt < i.max_attempts) AS is_requeued
             FROM input i JOIN jobs j USING (id)
-            WHERE j.status = 'running' AND j.attempt = i.attempt AND j.worker_id = i.worker_id
+            WHERE {_OWNS}
             ORDER BY id FOR UPDATE OF j)
         UPDATE jobs j SET
             status = CASE WHEN is_requeued THEN 'queued' ELSE 'failed' END,
@@ -204,14 +216,14 @@ def end(cursor: Cursor, endings: Sequence[Ended]) -> list[JobStatus | None]:
             enqueued_at = CASE WHEN is_requeued THEN clock_timestamp() ELSE enqueued_at END,
             finished_at = CASE WHEN is_requeued THEN NULL ELSE clock_timestamp() END,
             error = CASE WHEN is_requeued THEN NULL
-                         WHEN o.is_retryable THEN o.error || '{"code": "attempts_exhausted"}' ELSE o.error END,
-            attempts = attempts || jsonb_build_object('attempt', o.attempt, 'worker_id', o.worker_id,
+                         WHEN o.is_retryable THEN o.error || '{{"code": "attempts_exhausted"}}' ELSE o.error END,
+            attempts = attempts || jsonb_build_object('attempt', j.attempt, 'worker_id', j.worker_id,
                 'started_at', extract(epoch FROM started_at), 'ended_at', extract(epoch FROM clock_timestamp()),
                 'outcome', o.error ->> 'code')
-        FROM owned o WHERE j.id = o.id RETURNING j.id, j.status
-        """,
+        FROM owned o WHERE j.id = o.id RETURNING j.id, o.run, j.status
+        """,  # noqa: S608 - a condition from this file alone
         [
-            (e.id, e.attempt, e.worker_id, orjson.dumps({"code": e.code, "message": e.message, "param": e.param})
+            (e.id, e.run, e.worker_id, orjson.dumps({"code": e.code, "message": e.message, "param": e.param})
              .decode(), e.is_retryable, e.is_counted, e.max_attempts)
             for e in endings
         ],
@@ -219,8 +231,8 @@ def end(cursor: Cursor, endings: Sequence[Ended]) -> list[JobStatus | None]:
         page_size=1000,
         fetch=True,
     )  # fmt: skip
-    states = dict(rows)
-    return [JobStatus(states[e.id]) if e.id in states else None for e in endings]
+    states = {(job_id, run): JobStatus(status) for job_id, run, status in rows}
+    return [states.get((one.id, one.run)) for one in endings]
 
 
 def cancel(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str]]) -> list[JobStatus | None]:
@@ -249,7 +261,7 @@ class Owned:
     """A job that the ledger says a worker is running."""
 
     id: uuid.UUID
-    attempt: int
+    run: int
     backend: str
     task: str
 
@@ -257,7 +269,10 @@ class Owned:
 def owned(cursor: Cursor, worker_ids: Sequence[int]) -> list[list[Owned]]:
     """What each worker runs, as the ledger sees it."""
     cursor.execute(
-        "SELECT worker_id, id, attempt, backend, task FROM jobs WHERE status = 'running' AND worker_id = ANY(%s)",
+        """
+        SELECT worker_id, id, jsonb_array_length(attempts), backend, task FROM jobs
+        WHERE status = 'running' AND worker_id = ANY(%s)
+        """,
         (list(worker_ids),),
     )
     rows = cursor.fetchall()

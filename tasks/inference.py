@@ -96,8 +96,9 @@ async def run(worker: "Worker", job_id: uuid.UUID, version: int) -> None:
 
 
 async def _claim(worker: "Worker", claims: "Lane[tuple[uuid.UUID, int], Answer]", job_id: uuid.UUID) -> "Answer | None":
-    # Beside a run of its own that the ledger has given up, a claim by the same worker would pass for it at the
-    # fence. In both cases the job stays queued, and its message is sent again.
+    # Beside a run of its own that the ledger has given up, a second one would compute the same again, and what
+    # was said of the first (a stop, the gate) would be taken for it. In both cases the job stays queued, and its
+    # message is sent again.
     if worker.is_leaving or worker.is_running(job_id):
         return None
     try:
@@ -163,7 +164,7 @@ async def _compute(worker: "Worker", attempt: Run) -> bytes:
         await _generate(worker, attempt)
         return responses.generated(identity, call, attempt.outputs)
     wanted = EncodeCall(
-        request_id=f"{attempt.job.id}-{attempt.job.attempt}",
+        request_id=f"{attempt.job.id}-{attempt.job.run}",
         model=attempt.model.name,
         inputs=call.token_ids,
         type_ids=call.type_ids,
@@ -244,7 +245,7 @@ def _generate_call(attempt: Run, choice: int, resumed: tuple[int, ...]) -> Gener
         params["stop_token_ids"] = tuple(params["stop_token_ids"])
     assert call.max_tokens is not None
     return GenerateCall(
-        request_id=f"{attempt.job.id}-{attempt.job.attempt}-{choice}",
+        request_id=f"{attempt.job.id}-{attempt.job.run}-{choice}",
         model=attempt.model.name,
         prompt_token_ids=call.token_ids[choice // call.n],
         params=SamplingParams(max_tokens=call.max_tokens, **params),
@@ -297,7 +298,7 @@ async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
     num_followers = await worker.finishes.submit(
         jobs.Finished(
             id=job.id,
-            attempt=job.attempt,
+            run=job.run,
             worker_id=worker.id,
             body=body,
             sha256=hashlib.sha256(body).digest(),

@@ -105,7 +105,8 @@ class Worker:
         try:
             yield
         finally:
-            self._runs.pop(attempt.job.id, None)
+            if self._runs.get(attempt.job.id) is attempt:  # a later run of the job may be here already
+                del self._runs[attempt.job.id]
             if not self._runs:
                 self._idle.set()
 
@@ -115,7 +116,7 @@ class Worker:
         return await self._ends.submit(
             Ended(
                 id=job.id,
-                attempt=job.attempt,
+                run=job.run,
                 worker_id=self.id,
                 code=code,
                 message=message,
@@ -229,8 +230,8 @@ class Worker:
         """Stop what is no longer ours; give back what is ours but does not run here, because the answer
         to its claim was lost with a connection. A claim in flight looks the same for a moment, so only
         what strays in two comparisons counts."""
-        mine = {(job.id, job.attempt): job for job in owned}
-        held = {(run.job.id, run.job.attempt): run for run in self._runs.values()}
+        mine = {(job.id, job.run): job for job in owned}
+        held = {(run.job.id, run.job.run): run for run in self._runs.values()}
         for key, run in held.items():
             if key not in mine and time.monotonic() - run.started > self._config.heartbeat_s:
                 self._stop(run)

@@ -142,7 +142,7 @@ def test_a_cancelled_leader_hands_over_to_its_oldest_follower(cursor: Cursor) ->
     assert isinstance(claimed, Claimed)
     assert (claimed.flight_id, claimed.was_begun, claimed.attempt) == (leader.id, True, 1)
     next_job = second if promoted == second.id else third
-    assert jobs.finish(cursor, [result(next_job, life)]) == [1]
+    assert jobs.finish(cursor, [result(next_job, life, claimed.run)]) == [1]
     assert len(flights.land(cursor, [promoted])) == 1
     assert state(cursor, leader).status == "cancelled"
     cursor.execute("SELECT count(*) FROM jobs WHERE status = 'succeeded'")
@@ -235,7 +235,7 @@ def test_a_failed_job_can_be_retried_under_its_id(cursor: Cursor) -> None:
     again = jobs.claim(cursor, [(job.id, life)])[0]
     assert isinstance(again, Claimed)
     assert (again.attempt, again.run) == (1, 2)
-    assert jobs.finish(cursor, [result(job, life)]) == [0]
+    assert jobs.finish(cursor, [result(job, life, again.run)]) == [0]
 
 
 def test_what_killed_its_workers_is_quarantined(cursor: Cursor) -> None:

@@ -42,18 +42,16 @@ def job(key_id: uuid.UUID, tokens: int = 13, **fields: Any) -> NewJob:
     return new(api_key_id=key_id, reserved_tokens=tokens, input_price=2, output_price=5, **fields)
 
 
-def outcome(one: uuid.UUID, life: int, attempt: int, completion: int) -> Finished:
+def outcome(one: uuid.UUID, life: int, run: int, completion: int) -> Finished:
     usage = f'{{"prompt_tokens": 3, "completion_tokens": {completion}}}'
-    return Finished(
-        id=one, attempt=attempt, worker_id=life, body=b"", sha256=b"", usage=usage, ttft_ms=1.0, timings="{}"
-    )
+    return Finished(id=one, run=run, worker_id=life, body=b"", sha256=b"", usage=usage, ttft_ms=1.0, timings="{}")
 
 
 def run(cursor: Cursor, job_id: uuid.UUID, completion: int = 5) -> None:
     life = worker(cursor)
     claimed = jobs.claim(cursor, [(job_id, life)])[0]
     assert isinstance(claimed, Claimed)
-    assert jobs.finish(cursor, [outcome(job_id, life, claimed.attempt, completion)]) != [None]
+    assert jobs.finish(cursor, [outcome(job_id, life, claimed.run, completion)]) != [None]
 
 
 def accounts(cursor: Cursor) -> dict[Any, tuple[int, ...]]:
@@ -280,18 +278,20 @@ def test_whatever_happens_to_jobs_nothing_drifts(cursor: Cursor, seed: int) -> N
         for one in dice.sample(sent, min(5, len(sent))):
             claimed = jobs.claim(cursor, [(one.id, life)])[0]
             if isinstance(claimed, Claimed):
-                running[one.id] = (life, claimed.attempt)
+                running[one.id] = (life, claimed.run)
 
     def finish() -> None:
         for job_id in dice.sample(sorted(running), min(2, len(running))):
-            life, attempt = running.pop(job_id)
+            life, claimed_run = running.pop(job_id)
             reserved = next(one.reserved_tokens for one in sent if one.id == job_id) or 3
-            jobs.finish(cursor, [outcome(job_id, life, attempt, dice.randint(0, reserved - 3))] * dice.randint(1, 2))
+            jobs.finish(
+                cursor, [outcome(job_id, life, claimed_run, dice.randint(0, reserved - 3))] * dice.randint(1, 2)
+            )
 
     def fail() -> None:
         for job_id in dice.sample(sorted(running), min(1, len(running))):
-            life, attempt = running.pop(job_id)
-            jobs.end(cursor, [Ended(id=job_id, attempt=attempt, worker_id=life, code="x", message="x",
+            life, claimed_run = running.pop(job_id)
+            jobs.end(cursor, [Ended(id=job_id, run=claimed_run, worker_id=life, code="x", message="x",
                                     is_retryable=dice.random() < 0.5)])  # fmt: skip
 
     def die() -> None:

@@ -57,13 +57,13 @@ def claimed(cursor: Cursor, worker_id: int, **fields: Any) -> NewJob:
     return job
 
 
-def result(job: NewJob, worker_id: int, attempt: int = 1, body: bytes = b"body") -> Finished:
-    return Finished(id=job.id, attempt=attempt, worker_id=worker_id, body=body, sha256=hashlib.sha256(body).digest(),
+def result(job: NewJob, worker_id: int, run: int = 0, body: bytes = b"body") -> Finished:
+    return Finished(id=job.id, run=run, worker_id=worker_id, body=body, sha256=hashlib.sha256(body).digest(),
                     usage='{"prompt_tokens": 3}', ttft_ms=1.0, timings="{}")  # fmt: skip
 
 
-def ending(job: NewJob, worker_id: int, attempt: int = 1, **fields: Any) -> Ended:
-    return Ended(id=job.id, attempt=attempt, worker_id=worker_id, **{"code": "backend_error", "message": "x"} | fields)
+def ending(job: NewJob, worker_id: int, run: int = 0, **fields: Any) -> Ended:
+    return Ended(id=job.id, run=run, worker_id=worker_id, **{"code": "backend_error", "message": "x"} | fields)
 
 
 def state(cursor: Cursor, job: NewJob) -> job_views.View:
@@ -132,16 +132,43 @@ def test_a_repeated_finish_is_still_mine_and_changes_nothing(cursor: Cursor) -> 
     assert job_views.outcome(cursor, [job.id])[0].body == b"body"  # type: ignore[union-attr]
 
 
-def test_the_fence_shuts_out_other_workers_and_earlier_attempts(cursor: Cursor) -> None:
+def test_the_fence_shuts_out_other_workers_and_earlier_runs(cursor: Cursor) -> None:
     one, two = worker(cursor), worker(cursor)
     job = claimed(cursor, one)
     assert jobs.finish(cursor, [result(job, two)]) == [None]
     assert recovery.rescue(cursor, [one], 3) == [(job.id, "echo", "generate", "queued")]
     assert jobs.claim(cursor, [(job.id, two)])[0].attempt == 2  # type: ignore[union-attr]
-    assert jobs.finish(cursor, [result(job, one, 1, b"late")]) == [None]
-    assert jobs.end(cursor, [ending(job, one, 1)]) == [None]
-    assert jobs.finish(cursor, [result(job, two, 2, b"right")]) == [0]
-    assert jobs.finish(cursor, [result(job, one, 1, b"later")]) == [None]
+    assert jobs.finish(cursor, [result(job, one, 0, b"late")]) == [None]
+    assert jobs.end(cursor, [ending(job, one, 0)]) == [None]
+    assert jobs.finish(cursor, [result(job, two, 1, b"right")]) == [0]
+    assert jobs.finish(cursor, [result(job, one, 0, b"later")]) == [None]
+    assert job_views.outcome(cursor, [job.id])[0].body == b"right"  # type: ignore[union-attr]
+
+
+def _release(cursor: Cursor, job: NewJob, life: int) -> None:
+    jobs.end(cursor, [ending(job, life, is_retryable=True, is_counted=False)])
+
+
+def _fail_and_retry(cursor: Cursor, job: NewJob, life: int) -> None:
+    jobs.end(cursor, [ending(job, life)])
+    jobs.retry(cursor, [(job.id, "t")])
+
+
+@pytest.mark.parametrize("lose", [_release, _fail_and_retry])
+def test_the_fence_shuts_out_an_earlier_run_of_the_same_worker_with_the_same_attempt_number(
+    cursor: Cursor, lose: Callable[[Cursor, NewJob, int], None]
+) -> None:
+    life = worker(cursor)
+    job = claimed(cursor, life)
+    lose(cursor, job, life)
+    again = jobs.claim(cursor, [(job.id, life)])[0]
+    assert isinstance(again, Claimed)
+    assert again.attempt == 1
+    assert jobs.finish(cursor, [result(job, life, 0, b"late")]) == [None]
+    assert jobs.end(cursor, [ending(job, life, 0)]) == [None]
+    assert [(one.id, one.run) for one in jobs.owned(cursor, [life])[0]] == [(job.id, again.run)]
+    assert jobs.finish(cursor, [result(job, life, again.run, b"right")]) == [0]
+    assert jobs.finish(cursor, [result(job, life, 0, b"later")]) == [None]
     assert job_views.outcome(cursor, [job.id])[0].body == b"right"  # type: ignore[union-attr]
 
 
@@ -169,9 +196,9 @@ def test_twins_finishing_in_one_batch_make_one_cache_entry(cursor: Cursor) -> No
 def test_attempts_are_counted_and_end(cursor: Cursor) -> None:
     life, job = worker(cursor), queued(cursor)
     states = []
-    for number in (1, 2, 3):
+    for run in (0, 1, 2):
         jobs.claim(cursor, [(job.id, life)])
-        states += jobs.end(cursor, [ending(job, life, number, is_retryable=True)])
+        states += jobs.end(cursor, [ending(job, life, run, is_retryable=True)])
     assert states == [JobStatus.QUEUED, JobStatus.QUEUED, JobStatus.FAILED]
     view = state(cursor, job)
     assert view.error is not None
@@ -181,9 +208,9 @@ def test_attempts_are_counted_and_end(cursor: Cursor) -> None:
 
 def test_a_release_does_not_count(cursor: Cursor) -> None:
     life, job = worker(cursor), queued(cursor)
-    for _ in range(5):
+    for run in range(5):
         assert jobs.claim(cursor, [(job.id, life)])[0].attempt == 1  # type: ignore[union-attr]
-        assert jobs.end(cursor, [ending(job, life, 1, is_retryable=True, is_counted=False)]) == [JobStatus.QUEUED]
+        assert jobs.end(cursor, [ending(job, life, run, is_retryable=True, is_counted=False)]) == [JobStatus.QUEUED]
 
 
 def test_what_can_never_succeed_fails_at_once(cursor: Cursor) -> None:

@@ -48,7 +48,7 @@ def claimed(cursor: Cursor, **fields: Any) -> tuple[uuid.UUID, int]:
 
 
 def finish(cursor: Cursor, job_id: uuid.UUID, worker_id: int, body: bytes = b"{}") -> None:
-    outcome = Finished(id=job_id, attempt=1, worker_id=worker_id, body=body, sha256=hashlib.sha256(body).digest(),
+    outcome = Finished(id=job_id, run=0, worker_id=worker_id, body=body, sha256=hashlib.sha256(body).digest(),
                        usage="{}", ttft_ms=1.0, timings="{}")  # fmt: skip
     assert jobs.finish(cursor, [outcome]) != [None]
 
@@ -76,7 +76,7 @@ def quoted(cursor: Cursor, **fields: Any) -> uuid.UUID:
 
 def fail(cursor: Cursor, **fields: Any) -> uuid.UUID:
     job_id, worker_id = claimed(cursor, **fields)
-    ending = Ended(id=job_id, attempt=1, worker_id=worker_id, code="backend_error", message="x")
+    ending = Ended(id=job_id, run=0, worker_id=worker_id, code="backend_error", message="x")
     assert jobs.end(cursor, [ending]) == [JobStatus.FAILED]
     return job_id
 

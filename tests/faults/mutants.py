@@ -99,7 +99,7 @@ def late(function, seconds):
     return wait_first
 import time, db.jobs
 """
-_FENCE = "j.status = 'running' AND j.attempt = i.attempt AND j.worker_id = i.worker_id\n            ORDER"
+_FENCE = "{_OWNS}\n            ORDER"
 
 _UNFENCED = f"""{_REWRITE}
 rewrite(db.jobs, "finish", ({_FENCE!r}, "j.status = 'running'\\n            ORDER"))
@@ -108,7 +108,7 @@ db.jobs.finish = late(db.jobs.finish, 3)
 
 _COMPLETED_AGAIN = f"""{_REWRITE}
 rewrite(db.jobs, "finish", ({_FENCE!r}, "j.status IN ('running', 'succeeded')\\n            ORDER"),
-        ("SELECT id, body, sha256 FROM done)", "SELECT id, body, sha256 FROM done ON CONFLICT (job_id) DO UPDATE SET body = excluded.body)"))
+        ("sha256, events FROM done)", "sha256, events FROM done ON CONFLICT (job_id) DO UPDATE SET body = excluded.body)"))
 db.jobs.finish = late(db.jobs.finish, 6)
 """
 

@@ -7,7 +7,7 @@ It never asks the store's guards, so a mutant of the store cannot fool it.
 import uuid
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from db.job_views import Outcome
@@ -23,6 +23,7 @@ class Record:
 
     status: JobStatus
     attempt: int
+    run: int
     worker_id: int | None
     finished_at: float | None
     error: dict[str, Any] | None
@@ -161,7 +162,8 @@ class Audit:
         elif record.status in TERMINAL:
             self._hold("I2", now == record, "{} changed a job that had ended: {} -> {}", name, record, now)
         elif name in _UNMOVING:
-            self._hold("I2", now == record, "{} changed more than it says: {} -> {}", name, record, now)
+            is_promoted = name == "hand_over" and now == replace(record, run=record.run + 1)
+            self._hold("I2", now == record or is_promoted, "{} changed more than it says: {} -> {}", name, record, now)
         else:
             is_legal = now.status in TRANSITIONS[record.status]
             self._hold("I2", is_legal, "{} moved {} {} -> {}", name, job_id, record.status, now.status)
@@ -178,7 +180,7 @@ class Audit:
                 self._hold("I5", now.worker_id in self.lives, "worker {} is dead and took {}", now.worker_id, row.id)
                 self._hold("I1", row.deadline_at is None or row.deadline_at > self._store.now, "{} is too late", row.id)
             case "finish":
-                body = b"%d:%d:%d" % (row.id.int, before.worker_id or 0, before.attempt)
+                body = b"%d:%d:%d" % (row.id.int, before.worker_id or 0, before.run)
                 self._hold("I5", now.body == body, "{} was owned by {}, stored is {}", row.id, before, now.body)
             case "end":
                 self._fenced(arguments[0], row, before)
@@ -199,10 +201,8 @@ class Audit:
             self._hold("I6", now.attempt >= self._max_attempts, "{} gave up after {}", row.id, now.attempt)
 
     def _fenced(self, endings: Sequence[Ended | Finished], row: JobRow, before: Record) -> None:
-        owners = {(one.worker_id, one.attempt) for one in endings if one.id == row.id}
-        self._hold(
-            "I5", (before.worker_id, before.attempt) in owners, "{} ended {}, owned by {}", owners, row.id, before
-        )
+        owners = {(one.worker_id, one.run) for one in endings if one.id == row.id}
+        self._hold("I5", (before.worker_id, before.run) in owners, "{} ended {}, owned by {}", owners, row.id, before)
 
     def _of_workers(self, name: str, arguments: tuple[Any, ...], answer: Any) -> None:
         now, workers = self._store.now, self._store.workers
@@ -231,7 +231,7 @@ class Audit:
 
     def _record(self, row: JobRow) -> Record:
         result = self._store.results.get(row.leader_id or row.id) if row.status is JobStatus.SUCCEEDED else None
-        return Record(row.status, row.attempt, row.worker_id, row.finished_at, row.error, row.usage,
+        return Record(row.status, row.attempt, row.run, row.worker_id, row.finished_at, row.error, row.usage,
                       None if result is None else result.body)  # fmt: skip
 
     def _hold(self, invariant: str, holds: bool, text: str, *seen: object) -> None:

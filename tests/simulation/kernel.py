@@ -99,10 +99,18 @@ class Statement(Operation):
         draw, faults = kernel.rng.random() if kernel.is_faulty else 1.0, kernel.faults
         if draw < faults.statement_lost:
             self._cut(kernel, "statement_lost")
+        draw -= faults.statement_lost
+        if self.session is None and draw < faults.statement_late:
+            # Whoever asked cut a connection that was silent for too long. Postgres has the statement all the same.
+            kernel.later(kernel.rng.choice((0.1, 1.0, 3.0, 8.0)), functools.partial(kernel.run_late, self.twin()))
+            self._cut(kernel, "statement_late")
         answer = self.run(kernel)
-        if draw < faults.statement_lost + faults.answer_lost:
+        if draw < faults.statement_late + faults.answer_lost:
             self._cut(kernel, "answer_lost")
         return answer
+
+    def twin(self) -> "Statement":
+        return Statement(self.process, self.name, *self.arguments, is_durable=self.is_durable)
 
     def run(self, kernel: "Kernel") -> Any:
         self.has_run = True
@@ -190,6 +198,7 @@ class Faults:
     redis_away: float = 0.004
     stall: float = 0.006
     statement_lost: float = 0.04
+    statement_late: float = 0.05
     answer_lost: float = 0.06
     message_dropped: float = 0.2
     message_doubled: float = 0.2
@@ -284,7 +293,7 @@ class Kernel:
             if task is not self.current:
                 task.coroutine.close()
             if self.is_faulty and isinstance(statement, Statement) and self._is_under_way(statement):
-                self.later(self.rng.choice((0.0, 0.5, 5.0)), functools.partial(self._run_late, statement))
+                self.later(self.rng.choice((0.0, 0.5, 5.0)), functools.partial(self.run_late, statement))
         # A host that vanishes, unlike a process that dies, leaves its locks to a time-out.
         linger_s = 6.0 if self.is_faulty and self.rng.random() < 0.2 else 0.0
         self.later(linger_s, lambda: self._unlock(process.sessions))
@@ -304,7 +313,7 @@ class Kernel:
         is_of_a_session = statement.name in ("hold_lock", "try_lock", "register")
         return not statement.has_run and not is_of_a_session and self.rng.random() < 0.3
 
-    def _run_late(self, statement: Statement) -> None:
+    def run_late(self, statement: Statement) -> None:
         self.count("statement_outlived_its_process")
         statement.run(self)
 

@@ -120,11 +120,28 @@ class CancelNotFinal(SimStore):
         return row.status in (JobStatus.RUNNING, JobStatus.CANCELLED) and self._is_owner(row, one)
 
 
-class FencedByAttemptAlone(SimStore):
-    """Attempts given back are numbered again, so the number does not tell two workers apart."""
+class FencedByAttempt(SimStore):
+    """An attempt given back, and a retry, lead to a number that the worker may have had before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._attempts: dict[tuple[uuid.UUID, int, int], int] = {}
+
+    def _claim(self, wanted: Sequence[tuple[uuid.UUID, int]], **options: Any) -> Any:
+        claimed = super()._claim(wanted, **options)
+        for job in claimed.values():
+            self._attempts[job.id, wanted[0][1], job.run] = job.attempt
+        return claimed
 
     def _is_owner(self, row: JobRow, one: Finished | Ended) -> bool:
-        return row.attempt == one.attempt
+        return row.worker_id == one.worker_id and row.attempt == self._attempts.get((one.id, one.worker_id, one.run))
+
+
+class FencedByRunAlone(SimStore):
+    """A crash of Postgres takes a claim back, and two workers have the same run."""
+
+    def _is_owner(self, row: JobRow, one: Finished | Ended) -> bool:
+        return row.run == one.run
 
 
 class UnfencedEnd(SimStore):
@@ -279,7 +296,7 @@ class EndsWithItsLeader(SimStore):
 MUTANTS: dict[str, Parts] = {
     part.__name__: Parts(**{kind: part})  # type: ignore[arg-type]
     for kind, parts in {
-        "store": (DropRow, SecondCompletion, Unfenced, NoAttemptsCap, ProcessClock, CancelNotFinal, FencedByAttemptAlone,
+        "store": (DropRow, SecondCompletion, Unfenced, NoAttemptsCap, ProcessClock, CancelNotFinal, FencedByAttempt, FencedByRunAlone,
                   UnfencedEnd, EndAfterTheEnd, ClaimOfTheRunning, ClaimOfTheLate, ClaimByTheDead,
                   RescueOfTheEnded, ExpiryOfTheEnded, LeasesNeverEnd, LocksBelievedAtOnce, ResultLost, RelaxedEnds,
                   SuspectsInCompany, FollowersForgotten, NobodyTakesOver, EndsWithItsLeader, FollowersRun),

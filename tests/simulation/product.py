@@ -98,7 +98,7 @@ async def compute(owner: Any, attempt: Any) -> bytes:
         raise BackendDead("dead")
     if kind == "flaky" and chance < 0.7:
         raise ZeroDivisionError
-    return b"%d:%d:%d" % (job.id.int, owner.id, job.attempt)
+    return b"%d:%d:%d" % (job.id.int, owner.id, job.run)
 
 
 class Event:

@@ -12,7 +12,7 @@ from tests.simulation.world import REAL, Parts, World
 
 FAULTS = frozenset({
     "crash", "hang", "freeze", "stop", "session_cut", "postgres_crash", "commits_taken_back", "redis_wiped", "redis_away", "stall",
-    "statement_lost", "answer_lost", "redis_answer_lost", "statement_outlived_its_process", "lane_down",
+    "statement_lost", "statement_late", "answer_lost", "redis_answer_lost", "statement_outlived_its_process", "lane_down",
     "message_dropped", "message_doubled", "message_delayed", "message_reordered", "message_redelivered", "poison",
     "worker_died_by_itself", "run_stopped", "fenced_result", "submission_refused", "cancelled_as_it_ended",
     "session_timed_out", "suspect_alone",

@@ -64,6 +64,10 @@ class JobRow:
     def backend(self) -> str:
         return self.job.backend
 
+    @property
+    def run(self) -> int:
+        return len(self.attempts)
+
 
 @dataclass(slots=True)
 class ResultRow:
@@ -148,24 +152,24 @@ class SimStore:
         owned = [one for one in outcomes if (row := self.jobs.get(one.id)) is not None and self._may_finish(row, one)]
         done = [one for one in owned if self._store(self.jobs[one.id], one)]
         self._cache(done)
-        mine = {one.id for one in done}
+        mine = {(one.id, one.run) for one in done}
         return [
             row.num_followers
-            if (row := self.jobs.get(one.id)) is not None and (one.id in mine or self._is_stored(row, one))
+            if (row := self.jobs.get(one.id)) is not None and ((one.id, one.run) in mine or self._is_stored(row, one))
             else None
             for one in outcomes
         ]
 
     def end(self, endings: Sequence[Ended]) -> list[JobStatus | None]:
-        states: dict[uuid.UUID, JobStatus] = {}
+        states: dict[tuple[uuid.UUID, int], JobStatus] = {}
         for one in endings:
             row = self.jobs.get(one.id)
-            if row is None or not self._may_end(row, one) or one.id in states:
+            if row is None or not self._may_end(row, one) or one.id in self.changed:
                 continue
             self._change_job(row)
-            is_requeued = one.is_retryable and (not one.is_counted or self._has_attempts(one.attempt, one.max_attempts))
+            is_requeued = one.is_retryable and (not one.is_counted or self._has_attempts(row.attempt, one.max_attempts))
             error = {"code": one.code, "message": one.message, "param": one.param}
-            row.attempts = [*row.attempts, self._attempt(row, one.attempt, one.worker_id, one.code)]
+            row.attempts = [*row.attempts, self._attempt(row, one.code)]
             row.attempt -= not one.is_counted
             row.worker_id = None
             if is_requeued:
@@ -173,8 +177,8 @@ class SimStore:
             else:
                 row.status, row.finished_at = JobStatus.FAILED, self.now
                 row.error = error | {"code": "attempts_exhausted"} if one.is_retryable else error
-            states[one.id] = row.status
-        return [states.get(one.id) for one in endings]
+            states[one.id, one.run] = row.status
+        return [states.get((one.id, one.run)) for one in endings]
 
     def cancel(self, wanted: Sequence[tuple[uuid.UUID, str]]) -> list[JobStatus | None]:
         states: dict[tuple[uuid.UUID, str], JobStatus] = {}
@@ -200,7 +204,7 @@ class SimStore:
     def owned(self, worker_ids: Sequence[int]) -> list[list[Owned]]:
         running = [row for row in self.jobs.values() if row.status is JobStatus.RUNNING]
         return [
-            [Owned(row.id, row.attempt, row.backend, row.job.task) for row in running if row.worker_id == worker_id]
+            [Owned(row.id, row.run, row.backend, row.job.task) for row in running if row.worker_id == worker_id]
             for worker_id in worker_ids
         ]
 
@@ -210,7 +214,7 @@ class SimStore:
             if not self._is_rescuable(row) or row.worker_id not in worker_ids:
                 continue
             self._change_job(row)
-            row.attempts = [*row.attempts, self._attempt(row, row.attempt, row.worker_id, "worker_died")]
+            row.attempts = [*row.attempts, self._attempt(row, "worker_died")]
             row.worker_id, row.enqueued_at = None, self.now
             if self._has_attempts(row.attempt, max_attempts):
                 row.status, row.finished_at, row.error = JobStatus.QUEUED, None, None
@@ -396,7 +400,7 @@ class SimStore:
         return worker_id in self.workers and self.workers[worker_id].state != "dead"
 
     def _is_owner(self, row: JobRow, one: Finished | Ended) -> bool:
-        return row.attempt == one.attempt and row.worker_id == one.worker_id
+        return row.run == one.run and row.worker_id == one.worker_id
 
     def _may_finish(self, row: JobRow, one: Finished) -> bool:
         return row.status is JobStatus.RUNNING and self._is_owner(row, one)
@@ -468,7 +472,7 @@ class SimStore:
             row.started_at, row.first_token_at = self.now, None
             job = row.job
             claimed[job_id] = Claimed(job_id, row.attempt, job.payload, job.is_stream, job.backend, job.task,
-                                      round(row.created_at), (self.now - row.created_at) * 1000, len(row.attempts),
+                                      round(row.created_at), (self.now - row.created_at) * 1000, row.run,
                                       row.flight_id or job_id, int(self.now * 1000))  # fmt: skip
         return claimed
 
@@ -511,9 +515,9 @@ class SimStore:
                 self.cache[key] = CacheRow(one.id, one.body, self.jobs[one.id].usage, self.now,
                                            self.now + job.cache_ttl_s)  # fmt: skip
 
-    def _attempt(self, row: JobRow, number: int, worker_id: int | None, outcome: str) -> dict[str, Any]:
-        return {"attempt": number, "worker_id": worker_id, "started_at": row.started_at, "ended_at": self.now,
-                "outcome": outcome}  # fmt: skip
+    def _attempt(self, row: JobRow, outcome: str) -> dict[str, Any]:
+        return {"attempt": row.attempt, "worker_id": row.worker_id, "started_at": row.started_at,
+                "ended_at": self.now, "outcome": outcome}  # fmt: skip
 
     def _outcome(self, row: JobRow) -> Outcome:
         result = self.results.get(row.leader_id or row.id) if row.status is JobStatus.SUCCEEDED else None

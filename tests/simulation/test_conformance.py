@@ -190,14 +190,14 @@ def new(number: int, **fields: Any) -> NewJob:
     return NewJob(**defaults | fields)
 
 
-def result(number: int, worker_id: int, attempt: int = 1, body: bytes = b"body") -> Finished:
-    return Finished(id=JOBS[number], attempt=attempt, worker_id=worker_id, body=body,
+def result(number: int, worker_id: int, run: int = 0, body: bytes = b"body") -> Finished:
+    return Finished(id=JOBS[number], run=run, worker_id=worker_id, body=body,
                     sha256=hashlib.sha256(body).digest(), usage='{"prompt_tokens": 3}', ttft_ms=1.0,
                     timings='{"run_ms": 5000.0}')  # fmt: skip
 
 
-def ending(number: int, worker_id: int, attempt: int = 1, **fields: Any) -> Ended:
-    return Ended(id=JOBS[number], attempt=attempt, worker_id=worker_id,
+def ending(number: int, worker_id: int, run: int = 0, **fields: Any) -> Ended:
+    return Ended(id=JOBS[number], run=run, worker_id=worker_id,
                  **{"code": "backend_error", "message": "x"} | fields)  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def a_job_runs_and_ends_once(ledgers: Ledgers) -> None:
     ledgers.call("ended", [[JOBS[0], JOBS[1]], [JOBS[4]], []])
     assert ledgers.call("finish", [result(0, life)]) == [0]
     assert ledgers.call("finish", [result(0, life, body=b"again")]) == [0]
-    assert ledgers.call("finish", [result(0, life, 2), result(1, life), result(4, life)]) == [None] * 3
+    assert ledgers.call("finish", [result(0, life, 1), result(1, life), result(4, life)]) == [None] * 3
     ledgers.call("outcome", [JOBS[0], JOBS[1], JOBS[4]])
     ledgers.call("ended", [[JOBS[0], JOBS[1]], [JOBS[4]], []])
 
@@ -242,10 +242,10 @@ def a_job_runs_and_ends_once(ledgers: Ledgers) -> None:
 def attempts_run_out(ledgers: Ledgers) -> None:
     life = register(ledgers, "a")
     ledgers.call("insert", [new(0), new(1)])
-    for attempt in (1, 2, 3):
+    for run in (0, 1, 2):
         ledgers.call("claim", [(JOBS[0], life), (JOBS[1], life)])
-        again = [ending(0, life, attempt, is_retryable=True), ending(1, life, attempt)]
-        assert ledgers.call("end", again) == ["queued" if attempt < 3 else "failed", "failed" if attempt < 2 else None]
+        again = [ending(0, life, run, is_retryable=True), ending(1, life, run)]
+        assert ledgers.call("end", again) == ["queued" if run < 2 else "failed", "failed" if run < 1 else None]
         assert ledgers.call("end", again) == [None, None]
 
 
@@ -253,12 +253,13 @@ def attempts_run_out(ledgers: Ledgers) -> None:
 def a_release_is_not_counted(ledgers: Ledgers) -> None:
     life = register(ledgers, "a")
     ledgers.call("insert", [new(0)])
-    for _ in range(4):
+    for run in range(4):
         ledgers.wait(10)
         assert ledgers.call("claim", [(JOBS[0], life)])[0].attempt == 1
-        assert ledgers.call("end", [ending(0, life, 1, is_retryable=True, is_counted=False)]) == ["queued"]
+        assert ledgers.call("end", [ending(0, life, run - 1, is_retryable=True)]) == [None]
+        assert ledgers.call("end", [ending(0, life, run, is_retryable=True, is_counted=False)]) == ["queued"]
     ledgers.call("claim", [(JOBS[0], life)])
-    ledgers.call("end", [ending(0, life, 1, is_counted=False)])
+    ledgers.call("end", [ending(0, life, 4, is_counted=False)])
 
 
 @scenario
@@ -365,7 +366,7 @@ def two_endings_in_one_batch(ledgers: Ledgers) -> None:
     life = register(ledgers, "a")
     ledgers.call("insert", [new(0), new(1)])
     ledgers.call("claim", [(JOBS[0], life), (JOBS[1], life)])
-    assert ledgers.call("finish", [result(0, life), result(0, 77), result(1, life, 2)]) == [0, 0, None]
+    assert ledgers.call("finish", [result(0, life), result(0, 77), result(1, life, 1)]) == [0, 0, None]
     assert ledgers.call("end", [ending(1, 77), ending(1, life), ending(0, life)]) == ["failed", "failed", None]
 
 
@@ -373,9 +374,9 @@ def two_endings_in_one_batch(ledgers: Ledgers) -> None:
 def a_suspect_runs_alone(ledgers: Ledgers) -> None:
     life = register(ledgers, "a")
     ledgers.call("insert", [new(0, timeout_s=TIMEOUT_S), new(1)])
-    for attempt, code in enumerate(("backend_dead", "backend_error", "backend_stalled"), 1):
-        assert ledgers.call("claim", [(JOBS[0], life)])[0].run == attempt - 1
-        ledgers.call("end", [ending(0, life, attempt, code=code, is_retryable=True, max_attempts=5)])
+    for run, code in enumerate(("backend_dead", "backend_error", "backend_stalled")):
+        assert ledgers.call("claim", [(JOBS[0], life)])[0].run == run
+        ledgers.call("end", [ending(0, life, run, code=code, is_retryable=True, max_attempts=5)])
     both = [(JOBS[0], life), (JOBS[1], life), (JOBS[0], life)]
     assert ledgers.call("claim", both)[::2] == [Suspect.SUSPECT] * 2
     assert ledgers.call("claim", [(JOBS[0], 77)]) == [Suspect.SUSPECT]
@@ -427,7 +428,7 @@ def the_oldest_follower_takes_over(ledgers: Ledgers) -> None:
     ledgers.call("insert", [new(4, coalesce_key=b"k")])
     ledgers.compare()
     assert ledgers.call("claim", [(JOBS[1], life)])[0].was_begun
-    assert ledgers.call("finish", [result(1, life)]) == [1]
+    assert ledgers.call("finish", [result(1, life, 1)]) == [1]
     assert ledgers.call("land", [JOBS[1]]) == [(JOBS[3], "succeeded")]
 
 
@@ -448,6 +449,7 @@ def what_failed_is_retried(ledgers: Ledgers) -> None:
     assert ledgers.call("retry", wanted) == [None] * 5
     ledgers.compare()
     ledgers.call("claim", [(JOBS[0], life), (JOBS[1], life), (JOBS[3], life)])
+    assert ledgers.call("finish", [result(0, life), result(0, life, 2), result(3, life)]) == [None, 2, None]
 
 
 @scenario
@@ -472,6 +474,7 @@ def test_both_ledgers_agree_on(ledgers: Ledgers, play: Scenario) -> None:
 numbers = st.integers(0, len(JOBS) - 1)
 lives = st.integers(1, 3)
 attempts = st.integers(1, 3)
+runs = st.sampled_from([0, 0, 1, 1, 2, 3, 4])
 codes = st.fixed_dictionaries(
     {
         "code": st.sampled_from(["backend_error", "backend_dead"]),
@@ -495,10 +498,10 @@ inserted = st.builds(
     numbers, st.sampled_from([None, None, TIMEOUT_S, -5.0]), st.sampled_from([None, b"k" * 32]), st.booleans(),
     st.sampled_from([None, b"a", b"b"]),
 )  # fmt: skip
-finishes = st.builds(lambda number, life, attempt: result(number, life, attempt, b"%d-%d" % (life, attempt)),
-                     numbers, lives, attempts)  # fmt: skip
-endings = st.builds(lambda number, life, attempt, fields: ending(number, life, attempt, **fields),
-                    numbers, lives, attempts, codes)  # fmt: skip
+finishes = st.builds(lambda number, life, run: result(number, life, run, b"%d-%d" % (life, run)),
+                     numbers, lives, runs)  # fmt: skip
+endings = st.builds(lambda number, life, run, fields: ending(number, life, run, **fields),
+                    numbers, lives, runs, codes)  # fmt: skip
 claims = st.tuples(some(numbers, lambda number: number), lives).map(
     lambda drawn: [(JOBS[number], drawn[1]) for number in drawn[0]]
 )

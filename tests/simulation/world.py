@@ -559,7 +559,7 @@ class World(Kernel):
         self._arrivals = rng.choice((0.05, 0.1, 0.2))
         for number in range(rng.choice((2, 3))):
             parts.gateway(self, f"gateway{number}")
-        for number in range(rng.choice((2, 3, 4))):
+        for number in range(max(len(self.backends), rng.choice((1, 2, 3, 4)))):
             parts.worker(self, f"worker{number}")
         for number in range(2):
             parts.reconciler(self, f"reconciler{number}")
@@ -667,7 +667,7 @@ class World(Kernel):
         client.polls = [rng.random() * 8 for _ in range(rng.choice((0, 1, 2)))]
         if rng.random() < 0.25:
             client.cancels_after = rng.random() * rng.choice((1, 6))
-        client.retries = [rng.random() * 12 for _ in range(rng.choice((0, 0, 1, 3)))]
+        client.retries = [rng.random() * 12 for _ in range(rng.choice((0, 0, 1, 3, 8)))]
         self._ask(lambda gateway: gateway.submit(client))
 
     def _ask(self, request: Callable[[Gateway], Any]) -> None:

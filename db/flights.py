@@ -40,14 +40,17 @@ def hand_over(cursor: Cursor) -> list[tuple[uuid.UUID, str, str]]:
     )
     promoted = []
     for (gone,) in cursor.fetchall():
-        # The marker in `attempts` tells the next worker that events may exist already.
+        # With its leader's attempts and the marker its run is above every run of the flight before it: the next
+        # worker knows that events may exist, and where they are lost begins above all numbers seen. So the leader's
+        # deaths count against it too, which runs the same request.
         cursor.execute(
             """
             WITH oldest AS (SELECT id FROM jobs WHERE leader_id = %(gone)s AND status = 'queued'
                             ORDER BY created_at, id LIMIT 1 FOR UPDATE),
             led AS (UPDATE jobs j SET leader_id = NULL, enqueued_at = clock_timestamp(),
                     num_followers = (SELECT count(*) - 1 FROM jobs WHERE leader_id = %(gone)s AND status = 'queued'),
-                    attempts = attempts || jsonb_build_object('attempt', 0, 'outcome', 'took_over')
+                    attempts = attempts || (SELECT attempts FROM jobs WHERE id = %(gone)s)
+                        || jsonb_build_object('attempt', 0, 'outcome', 'took_over')
                 FROM oldest o WHERE j.id = o.id RETURNING j.id, backend, task),
             others AS (UPDATE jobs j SET leader_id = led.id FROM led
                 WHERE j.leader_id = %(gone)s AND j.status = 'queued' AND j.id <> led.id)

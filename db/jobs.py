@@ -87,6 +87,9 @@ def claim_alone(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]]) -> list
 
 
 def _claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]], condition: str) -> dict[uuid.UUID, Claimed]:
+    """A claim that a crash of Postgres takes back is made again with the same run. A stream's run may have published
+    events by then, which the next would number anew: a batch with a stream in it waits for the disk, whatever the
+    session does."""
     cursor.execute(
         f"""
         UPDATE jobs SET status = 'running', attempt = attempt + 1, worker_id = %(worker)s,
@@ -97,11 +100,12 @@ def _claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]], condition: s
                      ORDER BY id FOR UPDATE)
         RETURNING id, attempt, payload, is_stream, backend, task, extract(epoch FROM created_at)::int,
                   extract(epoch FROM started_at - created_at)::float8 * 1000, jsonb_array_length(attempts),
-                  coalesce(flight_id, id), (extract(epoch FROM started_at) * 1000)::bigint
+                  coalesce(flight_id, id), (extract(epoch FROM started_at) * 1000)::bigint,
+                  CASE WHEN is_stream THEN set_config('synchronous_commit', 'on', true) END
         """,  # noqa: S608 - conditions from this file alone
         {"worker": wanted[0][1], "ids": [job_id for job_id, _ in wanted]},
     )
-    return {row[0]: Claimed(row[0], row[1], bytes(row[2]), *row[3:]) for row in cursor.fetchall()}
+    return {row[0]: Claimed(row[0], row[1], bytes(row[2]), *row[3:-1]) for row in cursor.fetchall()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,6 +132,21 @@ def test_a_repeated_finish_is_still_mine_and_changes_nothing(cursor: Cursor) -> 
     assert job_views.outcome(cursor, [job.id])[0].body == b"body"  # type: ignore[union-attr]
 
 
+def test_the_claim_of_a_stream_is_on_disk_before_it_is_answered(database_url: str) -> None:
+    with contextlib.closing(session.connect(database_url, "tests", is_durable=False)) as connection:
+        with connection.cursor() as cursor:
+            life = worker(cursor)
+            for _ in range(5):
+                job = queued(cursor, is_stream=True)
+                cursor.execute("SELECT pg_current_wal_insert_lsn()")
+                before = cursor.fetchone()[0]  # type: ignore[index]
+                assert isinstance(jobs.claim(cursor, [(job.id, life)])[0], Claimed)
+                cursor.execute("SELECT pg_current_wal_flush_lsn() > %s::pg_lsn", (before,))
+                assert cursor.fetchone() == (True,)
+                cursor.execute("SHOW synchronous_commit")
+                assert cursor.fetchone() == ("off",), "for this statement alone"
+
+
 def test_the_fence_shuts_out_other_workers_and_earlier_runs(cursor: Cursor) -> None:
     one, two = worker(cursor), worker(cursor)
     job = claimed(cursor, one)

@@ -162,7 +162,7 @@ class Audit:
         elif record.status in TERMINAL:
             self._hold("I2", now == record, "{} changed a job that had ended: {} -> {}", name, record, now)
         elif name in _UNMOVING:
-            is_promoted = name == "hand_over" and now == replace(record, run=record.run + 1)
+            is_promoted = name == "hand_over" and now == replace(record, run=now.run) and now.run > record.run
             self._hold("I2", now == record or is_promoted, "{} changed more than it says: {} -> {}", name, record, now)
         else:
             is_legal = now.status in TRANSITIONS[record.status]

@@ -310,11 +310,12 @@ class SimStore:
             if leader.status in (JobStatus.CANCELLED, JobStatus.EXPIRED):
                 waiting.setdefault(leader.id, []).append(row)
         promoted = []
-        for rows in waiting.values():
+        for leader_id, rows in waiting.items():
             oldest, *others = sorted(rows, key=lambda row: (row.created_at, row.id))
             self._change_job(oldest)
             oldest.leader_id, oldest.enqueued_at, oldest.num_followers = None, self.now, len(others)
-            oldest.attempts = [*oldest.attempts, {"attempt": 0, "outcome": "took_over"}]
+            before = [*oldest.attempts, *self.jobs[leader_id].attempts]
+            oldest.attempts = [*before, {"attempt": 0, "outcome": "took_over"}]
             for row in others:
                 self._change_job(row)
                 row.leader_id = oldest.id
@@ -474,6 +475,8 @@ class SimStore:
             claimed[job_id] = Claimed(job_id, row.attempt, job.payload, job.is_stream, job.backend, job.task,
                                       round(row.created_at), (self.now - row.created_at) * 1000, row.run,
                                       row.flight_id or job_id, int(self.now * 1000))  # fmt: skip
+        if any(one.is_stream for one in claimed.values()):
+            self._undo.clear()
         return claimed
 
     def _followers(self) -> list[JobRow]:

@@ -415,6 +415,8 @@ def the_oldest_follower_takes_over(ledgers: Ledgers) -> None:
     life = register(ledgers, "a")
     ledgers.call("insert", [new(2, coalesce_key=b"k", timeout_s=TIMEOUT_S)])
     ledgers.call("claim", [(JOBS[2], life)])
+    ledgers.call("end", [ending(2, life, code="backend_dead", is_retryable=True)])
+    ledgers.call("claim", [(JOBS[2], life)])
     for number in (1, 0, 3):
         ledgers.call("insert", [new(number, coalesce_key=b"k")])
     ledgers.call("cancel", [(JOBS[0], "t")])
@@ -427,8 +429,8 @@ def the_oldest_follower_takes_over(ledgers: Ledgers) -> None:
     assert ledgers.call("hand_over") == []
     ledgers.call("insert", [new(4, coalesce_key=b"k")])
     ledgers.compare()
-    assert ledgers.call("claim", [(JOBS[1], life)])[0].was_begun
-    assert ledgers.call("finish", [result(1, life, 1)]) == [1]
+    assert ledgers.call("claim", [(JOBS[1], life)])[0].run == 2
+    assert ledgers.call("finish", [result(1, life, 2)]) == [1]
     assert ledgers.call("land", [JOBS[1]]) == [(JOBS[3], "succeeded")]
 
 

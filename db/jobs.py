@@ -286,12 +286,14 @@ def owned(cursor: Cursor, worker_ids: Sequence[int]) -> list[list[Owned]]:
 def retry(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str | None]]) -> list[tuple[str, str] | None]:
     """Queue failed and expired jobs again, under the same id and with all their attempts before them; answers
     (backend, task) of each. None for a job in any other state, and for one that the tenant does not have.
-    Tenant None has every tenant's. A deadline starts anew."""
+    Tenant None has every tenant's. A deadline starts anew, and so do the events, in a place of their own: those there
+    were may have ended, or go on under another job that has taken the flight over."""
     cursor.execute(
         """
         UPDATE jobs j SET status = 'queued', attempt = 0, error = NULL, usage = NULL, finished_at = NULL,
             started_at = NULL, first_token_at = NULL, worker_id = NULL, enqueued_at = clock_timestamp(),
-            leader_id = NULL, flight_id = NULL, coalesce_key = NULL,
+            leader_id = NULL, coalesce_key = NULL,
+            flight_id = md5(id::text || jsonb_array_length(attempts))::uuid,
             deadline_at = clock_timestamp() + (deadline_at - created_at),
             attempts = attempts || jsonb_build_object('attempt', 0, 'outcome', 'retried',
                 'ended_at', extract(epoch FROM clock_timestamp()))

@@ -235,6 +235,7 @@ def test_a_failed_job_can_be_retried_under_its_id(cursor: Cursor) -> None:
     again = jobs.claim(cursor, [(job.id, life)])[0]
     assert isinstance(again, Claimed)
     assert (again.attempt, again.run) == (1, 2)
+    assert again.flight_id != job.id, "the events of its first end stay where they are"
     assert jobs.finish(cursor, [result(job, life, again.run)]) == [0]
 
 

@@ -11,6 +11,7 @@ Which session speaks is state of the store (`begin`): locks belong to sessions, 
 
 import copy
 import datetime
+import hashlib
 import math
 import uuid
 from collections.abc import Hashable, Iterable, Sequence
@@ -257,7 +258,8 @@ class SimStore:
                 continue
             self._change_job(row)
             row.status, row.attempt, row.worker_id = JobStatus.QUEUED, 0, None
-            row.leader_id = row.flight_id = None
+            row.leader_id = None
+            row.flight_id = uuid.UUID(hashlib.md5(f"{row.id}{row.run}".encode()).hexdigest())
             row.error = row.usage = row.finished_at = row.started_at = row.first_token_at = None
             row.job, row.enqueued_at = replace(row.job, coalesce_key=None), self.now
             row.deadline_at = None if row.deadline_at is None else self.now + row.deadline_at - row.created_at

@@ -24,6 +24,7 @@ from api.routes import (
     models,
     responses,
     tei,
+    usage,
     webhooks,
 )
 
@@ -48,9 +49,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app() -> FastAPI:
     """The ASGI application of one gateway process."""
     app = FastAPI(title="Switchyard", version=VERSION, lifespan=_lifespan, docs_url="/docs", redoc_url=None)
-    for family in (inference, responses, messages, tei, jobs, files, batches, webhooks, models, cache, admin, health):
+    for family in (inference, responses, messages, tei, jobs, files, batches, webhooks, models, cache, usage):
         app.include_router(family.router)
-    for more in (models.aliases, tei.descriptions):
+    for more in (models.aliases, tei.descriptions, admin.router, health.router):
         app.include_router(more)
     errors.install(app, error_forms.FORMS)
     app.add_middleware(RequestLog)

@@ -14,7 +14,7 @@ import typer
 
 import catalog
 import settings
-from api import key_commands, tenant_commands, views, webhook_commands
+from api import key_commands, tenant_commands, usage_command, views, webhook_commands
 from api.terminal import Json, console, fail, ledger, show
 from catalog import Catalog, CatalogError
 from db import budgets, cache, job_views, jobs, session, workers
@@ -34,6 +34,7 @@ app.add_typer(tenant_commands.app, name="tenants")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(cache_app, name="cache")
 app.add_typer(webhook_commands.app, name="webhooks")
+app.command("usage")(usage_command.show_usage)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from api.recent_hits import RecentHits
 from api.stream_frames import EndpointFrames, StreamFrames
 from api.wishes import CachePlan, Wish
 from catalog import Catalog, ModelSpec
-from db import accept, budgets, cache, job_views, jobs, removal, request_log, session, webhooks, workers
+from db import accept, budgets, cache, job_views, jobs, removal, request_log, session, usage, webhooks, workers
 from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
 from db.budgets import Refused
@@ -113,6 +113,7 @@ class Gateway:
         self.purges = Lane(url, cache.purge, silence_s=_LONG_S)
         # One piece of work at a time and once: what it does need not be safe to repeat.
         self.admin = Lane(url, _in_turn, max_batch=1, patience_s=0.0, silence_s=_LONG_S)
+        self.usage = Lane(url, usage.find, silence_s=_LONG_S)
         self.cache_stats = Lane(url, cache.stats, silence_s=_LONG_S)
         self.log_entries = Lane(url, request_log.append, is_durable=False, linger_s=0.1, max_batch=5000)
         self._surveys = Lane(url, self._described)

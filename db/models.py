@@ -9,7 +9,21 @@ import enum
 import uuid
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, LargeBinary, SmallInteger, Text, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Date,
+    ForeignKey,
+    Identity,
+    Index,
+    LargeBinary,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -262,6 +276,45 @@ class BudgetDay(Base):
         Index("budget_days_tenant", "tenant", "day"),
         {"postgresql_with": {"fillfactor": "50"}},
     )
+
+
+class UsageDay(Base):
+    """What a key asked of a model on one day (UTC), by how it ended. The nil key stands for jobs without one."""
+
+    __tablename__ = "usage_days"
+
+    tenant: Mapped[str] = mapped_column(Text, primary_key=True)
+    day: Mapped[datetime.date] = mapped_column(primary_key=True)
+    api_key_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(Text, primary_key=True)
+    num_succeeded: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    num_failed: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    num_cancelled: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    num_expired: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    num_shared: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    """Succeeded with the answer of another job's run."""
+    num_cached: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    """Answered from the cache."""
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    completion_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    cost_nano: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    """In 1e-9 of the currency that the catalog's prices are in."""
+
+
+usage_entries = Table(
+    "usage_entries",
+    Base.metadata,
+    Column("day", Date, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("api_key_id", Uuid, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("outcome", Text, nullable=False),
+    *(
+        Column(name, BigInteger, server_default=text("0"), nullable=False)
+        for name in ("num", "prompt_tokens", "completion_tokens", "cost_nano")
+    ),
+)
+"""Ends that are not in `usage_days` yet: a trigger writes one with each. Without an index, hence without a key."""
 
 
 class IdempotencyKey(Base):

@@ -4,9 +4,11 @@ import dataclasses
 import io
 import operator
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from db import usage
 from db.session import Cursor
 
 
@@ -44,6 +46,9 @@ def append(cursor: Cursor, entries: Sequence[Entry]) -> list[None]:
     """Write the entries: by COPY, a third of the cost of INSERT at hundreds of rows."""
     lines = "".join("\t".join([_text(value) for value in _values(entry)]) + "\n" for entry in entries)
     cursor.copy_expert(_COPY, io.StringIO(lines))
+    usage.add_hits(cursor, Counter(
+        (one.tenant, one.api_key_id, one.model) for one in entries if one.cache_verdict == "HIT" and one.tenant
+    ))  # fmt: skip
     return [None] * len(entries)
 
 

@@ -31,6 +31,7 @@ from db import (
     recovery,
     request_log,
     session,
+    usage,
     webhooks,
     workers,
 )
@@ -166,6 +167,7 @@ def keep_house(cursor: Cursor, config: settings.Settings, limits: catalog.CacheE
     workers.forget(cursor, config.result_ttl_s)
     accept.forget_keys(cursor)
     budgets.forget(cursor)
+    usage.add_up(cursor)
     files.purge(cursor)
     batches.purge(cursor)
 

@@ -72,6 +72,8 @@ ADDRESSES: dict[str, list[Address]] = {
     "batch_items": [],
     "idempotency_keys": [],
     "budget_days": [],
+    "usage_days": [],
+    "usage_entries": [],
     "webhook_secrets": [],
     "webhook_gone": [],
     "request_log": [],
@@ -84,6 +86,7 @@ LISTS = [
     "/v1/webhooks/secrets",
     "/v1/files",
     "/v1/batches",
+    "/v1/usage",
 ]
 OPEN_TO_ALL = {"/v1/models/{model}"}
 

@@ -144,7 +144,11 @@ async def accepted(gateway: Gateway, made: Accepted, caller: ApiKey, headers: di
         view = await gateway.views.submit((made.job_id, caller.tenant))
     except LaneDown:
         view = None
-    body = views.job(view) if view is not None else {"id": str(made.job_id), "object": "job", "status": "queued"}
+    body = (
+        views.job(view, views.queue_as_accepted(view))
+        if view is not None
+        else {"id": str(made.job_id), "object": "job", "status": "queued"}
+    )
     location = {"Location": f"/v1/jobs/{made.job_id}", "Retry-After": "1"}
     is_over = made.is_replayed and view is not None and view.status in TERMINAL
     return Response(orjson.dumps(body), 200 if is_over else 202, headers | location, "application/json")

@@ -249,6 +249,13 @@ class QueueFull(APIError):
     problem = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
 
 
+class DeadlineUnmeetable(APIError):
+    status, type, code = 429, "rate_limit_error", "deadline_unmeetable"
+    default = "The job cannot end before its deadline."
+    default_retry_s = 1.0
+    problem = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
+
+
 class BackendFailed(APIError):
     """The backend's own attempts are used up by the time a caller sees this, so it is permanent."""
 

@@ -16,7 +16,7 @@ import structlog
 
 import catalog
 import settings
-from api import errors, fingerprints, ids, refusals, wishes
+from api import errors, fingerprints, ids, refusals, views, wishes
 from api.grammar_checks import GrammarChecks
 from api.prompts import Prompts
 from api.rate_limits import RateLimits
@@ -29,7 +29,7 @@ from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
 from db.budgets import Refused
 from db.cache import Hit
-from db.job_views import Backlog, DeadLetters, Depth, Outcome
+from db.job_views import Backlog, DeadLetters, Depth, Outcome, View
 from db.lanes import Lane, LaneDown
 from db.models import TERMINAL, JobStatus
 from db.session import Cursor
@@ -118,6 +118,9 @@ class Gateway:
         self.log_entries = Lane(url, request_log.append, is_durable=False, linger_s=0.1, max_batch=5000)
         self._surveys = Lane(url, self._described)
         self._ended = Lane(url, job_views.ended)
+        self._aheads = Lane(url, self._count_ahead, silence_s=_LONG_S)
+        self._clock_ahead_s = 0.0
+        """Postgres's clock less this machine's."""
         self._redis = transport.connect(config.redis_url)
         self._outbox = transport.Outbox(self._redis)
         self._shares = FairShare()
@@ -403,7 +406,11 @@ class Gateway:
         tenant, weight = caller.tenant, caller.tenant_weight
         crowded = [name for name, backend in self.catalog.backends.items()
                    if not self._shares.may_queue(name, tenant, backend.entry.max_queued, weight)]  # fmt: skip
-        decision = router.choose(served, call, tokenised, self.loads, can_wait=wish.is_async, crowded=crowded)
+        levels = {name: self._shares.level(name, tenant, wish.priority, load.slots, weight)
+                  for name, load in self.loads.items()}  # fmt: skip
+        first = {name: 0 for name, level in levels.items() if level is Level.WITHIN_SHARE}
+        decision = router.choose(served, call, tokenised, self.loads, can_wait=wish.is_async, crowded=crowded,
+                                 ahead=first, within_ms=self._left_ms(caller, wish))  # fmt: skip
         if decision.chosen is None:
             raise refusals.of(decision, mistakes)
         asked = call.model if call.model == "auto" else decision.candidates[0].model
@@ -412,6 +419,29 @@ class Gateway:
         slots = self.loads.get(backend, Load()).slots
         level = self._shares.level(backend, tenant, wish.priority, slots, weight)
         return replace(decision, level=level)
+
+    def _left_ms(self, caller: ApiKey, wish: Wish) -> float | None:
+        """How long a job's deadline leaves it, by Postgres's clock. None for a batch's lines: they
+        end with its window, answered or not."""
+        if wish.priority is Priority.BATCH:
+            return None
+        timeout_s = wish.timeout_s or caller.timeout_s
+        left = [] if timeout_s is None else [timeout_s]
+        if wish.deadline is not None:
+            left.append(wish.deadline - time.time() - self._clock_ahead_s)
+        return min(left) * 1000 if left else None
+
+    async def queue_of(self, view: View) -> dict[str, Any] | None:
+        """Where a queued job stands, and when its answer may be expected; None once it runs, or where it waits for
+        another's run."""
+        if view.status != JobStatus.QUEUED or view.leader_id is not None:
+            return None
+        ahead = await self._aheads.submit(view.id)
+        model, load = self.catalog.models.get(view.model), self.loads.get(view.backend, Load())
+        return views.queue(view, ahead, {} if model is None else router.expected(None, model, load, ahead))
+
+    def _count_ahead(self, cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[int]:
+        return job_views.ahead(cursor, ids, list(Level))
 
     def _new_job(self, call: Call, caller: ApiKey, wish: Wish, request_id: str, decision: Decision, verdict: str,
                  plan: CachePlan, keys: dict[str, bytes], timings: dict[str, float]) -> NewJob:  # fmt: skip
@@ -527,12 +557,16 @@ class Gateway:
             # Each gateway has one session for this very statement, and loses it with its life.
             self.rate_limits.limiter.num_processes = session.count(cursor, self._surveys.name)
         backlogs = job_views.backlogs(cursor)
-        return [_Described(workers.alive(cursor), job_views.depths(cursor), backlogs, quarantined)] * len(items)
+        ahead_s = session.clock(cursor) - time.time()
+        return [_Described(workers.alive(cursor), job_views.depths(cursor), backlogs, quarantined, ahead_s)] * len(
+            items
+        )
 
     async def _survey(self) -> None:
         found = await self._surveys.submit(None)
         lives, depths, self._quarantined = found.lives, found.depths, found.quarantined
         self._shares.update(found.backlogs)
+        self._clock_ahead_s = found.clock_ahead_s
         nothing = Depth(0, 0, 0, 0.0)
         self.loads = {
             name: Load.of((life for life in lives if life.backend == name), depths.get(name, nothing))
@@ -580,3 +614,4 @@ class _Described:
     depths: dict[str, Depth]
     backlogs: list[Backlog]
     quarantined: frozenset[bytes]
+    clock_ahead_s: float

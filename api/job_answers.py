@@ -85,9 +85,12 @@ async def get(request: Request, caller: ApiKey, job_id: UUID, wait_s: float) -> 
         if wait_s and view.status not in TERMINAL:
             await gateway.wait(watch, wait_s)
             view = await _view(gateway, caller, job_id)
+        queue = await gateway.queue_of(view)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
     finally:
         watch.close()
-    return _json(views.job(view), 200 if view.status in TERMINAL else 202)
+    return _json(views.job(view, queue), 200 if view.status in TERMINAL else 202)
 
 
 async def result(request: Request, caller: ApiKey, job_id: UUID) -> Response:

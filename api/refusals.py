@@ -11,13 +11,22 @@ def _drain_s(decision: Decision) -> float:
     return min(max(min(waits) / 1000, 1.0), 60.0)
 
 
+def _deadline(decision: Decision) -> errors.APIError:
+    """Later the queue may be shorter; where the run alone takes too long, that does not help."""
+    late = [one.facts for one in decision.candidates if one.dropped == "deadline_unmeetable"]
+    wait_ms = min(one["wait_ms"] for one in late)
+    return errors.DeadlineUnmeetable(retry_after_s=min(max(wait_ms / 1000, 1.0), 60.0), is_permanent=wait_ms == 0)
+
+
 def of(decision: Decision, mistakes: dict[str, errors.APIError]) -> errors.APIError:
     """Why nobody can take the call: the caller's own mistakes first, then what time will mend."""
     dropped = {candidate.dropped: candidate for candidate in reversed(decision.candidates)}
-    for code in ("queue_full", "loading", "no_worker"):
+    for code in ("queue_full", "deadline_unmeetable", "loading", "no_worker"):
         if code in dropped and not mistakes:
             if code == "queue_full":
                 return errors.QueueFull(retry_after_s=_drain_s(decision))
+            if code == "deadline_unmeetable":
+                return _deadline(decision)
             state = "still loading" if code == "loading" else "not up"
             return errors.ModelUnavailable(f"The model is {state}; try again soon.")
     if mistakes:

@@ -1,16 +1,34 @@
 """A job as JSON: for its owner, and explained."""
 
 import datetime
+from collections.abc import Mapping
 from typing import Any
 
 from db.job_views import View
-from db.models import TERMINAL
+from db.models import TERMINAL, JobStatus
 from tasks.fair_share import Priority
 
 JSON = dict[str, Any]
 
 
-def job(view: View) -> JSON:
+def queue(view: View, ahead: int, expected: Mapping[str, float]) -> JSON:
+    """Where a job stands in its queue, 1 being next, and milliseconds until its answer; null: not measured yet."""
+    return {
+        "name": view.backend,
+        "position": ahead + 1,
+        "eta_ms": {"p50": expected["eta_p50_ms"], "p90": expected["eta_p90_ms"]} if expected else None,
+    }
+
+
+def queue_as_accepted(view: View) -> JSON | None:
+    """As the router saw it when it chose; None for a job that no longer waits."""
+    facts = (view.decision.get("chosen") or {}).get("facts", {})
+    if view.status != JobStatus.QUEUED or view.leader_id is not None or "num_ahead" not in facts:
+        return None
+    return queue(view, int(facts["num_ahead"]), facts)
+
+
+def job(view: View, queue: JSON | None = None) -> JSON:
     """The job object. Times are Unix seconds; durations milliseconds."""
     path = f"/v1/jobs/{view.id}"
     return {
@@ -29,6 +47,7 @@ def job(view: View) -> JSON:
         "deadline_at": seconds(view.deadline_at),
         "result_ttl_s": view.result_ttl_s,
         "attempt": view.attempt,
+        "queue": queue,
         "cache": {"verdict": view.cache_verdict, "key": view.cache_key},
         "leader": None if view.leader_id is None else str(view.leader_id),
         "usage": view.usage,

@@ -40,6 +40,10 @@ class Claimed:
     token: int
     """Grows with every claim of the run: readers ignore what earlier attempts still write (the fence of its events)."""
 
+    eta_p50_ms: float | None = None
+    """From acceptance to the answer, as the router expected it then. None: it had measured too little."""
+    eta_p90_ms: float | None = None
+
     @property
     def was_begun(self) -> bool:
         return self.run > 0
@@ -101,6 +105,8 @@ def _claim(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, int]], condition: s
         RETURNING id, attempt, payload, is_stream, backend, task, extract(epoch FROM created_at)::int,
                   extract(epoch FROM started_at - created_at)::float8 * 1000, jsonb_array_length(attempts),
                   coalesce(flight_id, id), (extract(epoch FROM started_at) * 1000)::bigint,
+                  (decision #>> '{{chosen,facts,eta_p50_ms}}')::float8,
+                  (decision #>> '{{chosen,facts,eta_p90_ms}}')::float8,
                   CASE WHEN is_stream THEN set_config('synchronous_commit', 'on', true) END
         """,  # noqa: S608 - conditions from this file alone
         {"worker": wanted[0][1], "ids": [job_id for job_id, _ in wanted]},

@@ -78,6 +78,14 @@ def count(cursor: Cursor, application_name: str) -> int:
     return int(row[0])
 
 
+def clock(cursor: Cursor) -> float:
+    """Postgres's time, in Unix seconds."""
+    cursor.execute("SELECT extract(epoch FROM clock_timestamp())::float8")
+    row = cursor.fetchone()
+    assert row is not None
+    return float(row[0])
+
+
 def server_setting(cursor: Cursor, name: str) -> str:
     """What the server runs with."""
     cursor.execute("SELECT current_setting(%s)", (name,))

@@ -35,6 +35,13 @@ TTFT_SECONDS = Histogram(
     "switchyard_time_to_first_token_seconds", "From a job's creation to its first chunk.", ["backend", "model"],
     buckets=_SECONDS,
 )  # fmt: skip
+ETA_ERROR_SECONDS = Histogram(
+    "switchyard_eta_error_seconds", "How far a job's answer was from its expected (p50) time, either way.", ["backend"],
+    buckets=_SECONDS,
+)  # fmt: skip
+ETA_JOBS = Counter(
+    "switchyard_eta_jobs_total", "Jobs by when their answer came: within p50, p90, or late.", ["backend", "within"]
+)
 TOKENS = Counter("switchyard_tokens_total", "Tokens, by direction.", ["backend", "model", "direction"])
 WEBHOOK_TRIES = Counter(
     "switchyard_webhook_tries_total", "Attempts at webhook deliveries, by what came of them.", ["status"]

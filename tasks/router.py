@@ -19,6 +19,10 @@ _UNKNOWN_TOKEN_MS = 40.0
 _UNKNOWN_RUN_MS = 200.0
 """Assumed of a model that has not finished a job yet."""
 _UNKNOWN_TOKENS = 128.0
+_FEWEST_RUNS = 16
+"""Measured runs below which no deadline is called unmeetable."""
+_Z90 = 1.2816
+"""The normal distribution's 90th percentile, in standard deviations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,9 @@ class Load:
 
 
 def _mean(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(one[name] for one in times) / len(times) for name in times[0]}
+    # A worker of another version may report less.
+    names = set.intersection(*[set(one) for one in times])
+    return {name: sum(one[name] for one in times) / len(times) for name in times[0] if name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +104,22 @@ def choose(
     *,
     can_wait: bool,
     crowded: Collection[str] = (),
+    ahead: Mapping[str, int] | None = None,
+    within_ms: float | None = None,
 ) -> Decision:
     """Choose model and backend.
 
     `tokenised` has the call as each candidate model would run it, or the reason why that model cannot
     take it. `can_wait` lets a job queue for a backend whose workers are away. `crowded` names the backends whose
-    queues have no room for more of this tenant. A fallback model is
+    queues have no room for more of this tenant. `ahead` has how many queued jobs go before this one at each backend
+    (by default all), `within_ms` how long its deadline leaves it. A fallback model is
     considered only when the models before it have no candidate left.
     """
+    limits = _Limits(crowded, ahead or {}, within_ms)
     candidates: list[Candidate] = []
     for model in models_for(catalog, call):
         ready = tokenised.get(model.name, "unknown_model")
-        new = [_candidate(call, model, backend, ready, loads, crowded) for backend in catalog.serving(model)]
+        new = [_candidate(call, model, backend, ready, loads, limits) for backend in catalog.serving(model)]
         candidates += new
         if call.model != "auto" and any(one.dropped is None for one in new):
             break
@@ -129,7 +139,7 @@ def _candidate(
     backend: BackendSpec,
     ready: Call | str,
     loads: Mapping[str, Load],
-    crowded: Collection[str],
+    limits: "_Limits",
 ) -> Candidate:
     capabilities = backend_class(backend.runtime).capabilities
     if call.task not in model.tasks or call.task not in capabilities.tasks:
@@ -143,10 +153,49 @@ def _candidate(
     if not load.is_ready:
         return Candidate(model.name, backend.name, dropped="loading" if load.is_loading else "no_worker")
     score, facts = _score(ready, model, load)
-    is_full = load.depth.num_queued >= backend.entry.max_queued or backend.name in crowded
+    facts |= expected(ready, model, load, limits.ahead.get(backend.name, load.depth.num_queued))
+    is_full = load.depth.num_queued >= backend.entry.max_queued or backend.name in limits.crowded
     if is_full or load.depth.queued_tokens >= backend.entry.max_queued_tokens:
         return Candidate(model.name, backend.name, dropped="queue_full", facts=facts)
+    if limits.within_ms is not None and facts.get("soonest_ms", 0.0) > limits.within_ms:
+        return Candidate(model.name, backend.name, dropped="deadline_unmeetable", facts=facts)
     return Candidate(model.name, backend.name, score_ms=round(score, 2), facts=facts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What of the caller, beside its call, decides where the call may go."""
+
+    crowded: Collection[str]
+    ahead: Mapping[str, int]
+    within_ms: float | None
+
+
+def expected(call: Call | None, model: ModelSpec, load: Load, ahead: int) -> dict[str, float]:
+    """From measured runs, when a job with so many queued before it will have its answer, in milliseconds: `eta_p50_ms`,
+    `eta_p90_ms`, and `soonest_ms`, before which nothing may be hoped for. Empty before there are enough runs, and where
+    no worker is ready.
+
+    The wait is a sum of `ahead` runs shared by the slots: its spread grows with their root (central limit theorem).
+    """
+    seen = load.service.get(model.name, {})
+    if seen.get("num_runs", 0.0) < _FEWEST_RUNS or not load.slots:
+        return {}
+    run = {name: seen[f"run_{name}_ms"] for name in ("p10", "p50", "p90")}
+    if call is not None and call.task == "generate":
+        # A short answer takes less than the runs seen.
+        longest = seen["ttft_ms"] + (call.max_tokens or seen["tokens"]) * seen["token_ms"]
+        run["p10"], run["p50"] = min(run["p10"], longest), min(run["p50"], longest)
+    waiting = max(ahead + load.depth.num_running + 1 - load.slots, 0)
+    wait_ms = waiting * seen["run_ms"] / load.slots
+    spread_ms = _Z90 * seen["run_std_ms"] * waiting**0.5 / load.slots
+    # Half of the wait: what is ahead may be shorter than what was seen.
+    return {
+        "num_ahead": float(ahead),
+        "soonest_ms": round(wait_ms / 2 + run["p10"], 2),
+        "eta_p50_ms": round(wait_ms + run["p50"], 2),
+        "eta_p90_ms": round(wait_ms + spread_ms + run["p90"], 2),
+    }
 
 
 def unsupported_parameter(call: Call, capabilities: Capabilities, runtime: str) -> str | None:

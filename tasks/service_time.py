@@ -1,20 +1,27 @@
 """How long jobs take here: what a worker measures and the router's estimates start from."""
 
+import statistics
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 _WEIGHT = 0.2
 """Of the newest job in the moving average: about the last ten jobs count."""
+_RECENT = 128
+"""Runs from which the quantiles are taken."""
 
 
 @dataclass(slots=True)
 class ServiceTime:
-    """Moving averages per model of one worker, with the load they were measured under included."""
+    """Moving averages and quantiles per model of one worker, with the load they were measured under included."""
 
     models: dict[str, dict[str, float]] = field(default_factory=dict)
+    recent: dict[str, deque[float]] = field(default_factory=dict)
+    """The last runs of each model, in milliseconds."""
 
     def observe(self, model: str, run_s: float, ttft_s: float, completion_tokens: int) -> None:
         """Count one finished job."""
+        self.recent.setdefault(model, deque(maxlen=_RECENT)).append(run_s * 1000)
         token_ms = (run_s - ttft_s) * 1000 / max(completion_tokens - 1, 1)
         seen = {
             "run_ms": run_s * 1000,
@@ -32,7 +39,18 @@ class ServiceTime:
     def stats(self) -> dict[str, Any]:
         """As the heartbeat reports it."""
         return {
-            model: {name: round(value, 3) for name, value in average.items()}
+            model: {name: round(value, 3) for name, value in (average | self._spread(model)).items()}
             # A copy: another thread reports while the event loop observes.
             for model, average in list(self.models.items())
+        }
+
+    def _spread(self, model: str) -> dict[str, float]:
+        runs = list(self.recent[model])
+        tenths = statistics.quantiles(runs, n=10, method="inclusive") if len(runs) > 1 else runs * 9
+        return {
+            "run_p10_ms": tenths[0],
+            "run_p50_ms": tenths[4],
+            "run_p90_ms": tenths[8],
+            "run_std_ms": statistics.pstdev(runs),
+            "num_runs": float(len(runs)),
         }

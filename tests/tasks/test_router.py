@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import catalog
+from api import errors, refusals
 from backends.registry import backend_class
 from catalog import Catalog
 from db.job_views import Depth
@@ -140,3 +141,53 @@ def test_a_longer_answer_scores_worse(served: Catalog) -> None:
     assert short is not None
     assert long is not None
     assert (short.score_ms or 0) < (long.score_ms or 0)
+
+
+def measured(backend: str, num_runs: float = 100.0, slots: int = 4) -> Life:
+    """Ten milliseconds to the first token, ten a token; runs of 0.2 s, give or take."""
+    times = {"run_ms": 200.0, "ttft_ms": 10.0, "token_ms": 10.0, "tokens": 19.0, "run_p10_ms": 150.0, "run_p50_ms": 200.0,
+             "run_p90_ms": 300.0, "run_std_ms": 50.0, "num_runs": num_runs}  # fmt: skip
+    return Life(1, f"{backend}0", backend, "ready", slots, {}, {"service": {"both": times, "spare": times}}, 1, 0.0)
+
+
+def test_the_expected_time_is_what_waits_ahead_and_the_run(served: Catalog) -> None:
+    model = served.models["both"]
+    idle = router.expected(None, model, load(measured("slow")), 0)
+    assert (idle["soonest_ms"], idle["eta_p50_ms"], idle["eta_p90_ms"]) == (150.0, 200.0, 300.0)
+    busy = router.expected(None, model, load(measured("slow"), queued=13, running=4), 13)
+    assert busy["eta_p50_ms"] == 14 * 200 / 4 + 200
+    assert busy["eta_p90_ms"] == pytest.approx(14 * 200 / 4 + 1.2816 * 50 * 14**0.5 / 4 + 300, abs=0.01)
+    short = router.expected(replace(call(), max_tokens=1), model, load(measured("slow")), 0)
+    assert short["eta_p50_ms"] == 20.0
+    assert router.expected(None, model, load(measured("slow", num_runs=15)), 0) == {}
+    assert router.expected(None, model, load(life("slow", 30.0)), 0) == {}
+
+
+def test_a_deadline_that_cannot_be_met_drops_the_candidate(served: Catalog) -> None:
+    loads = {"slow": load(measured("slow"), queued=40, running=4), "fast": load(measured("fast"))}
+    late = choose(served, call(), loads, within_ms=500.0)
+    assert dropped(late) == {("both", "slow"): "deadline_unmeetable", ("both", "fast"): None}
+    assert late.chosen is not None
+    assert late.chosen.backend == "fast"
+    # Before whom nobody waits: within its share.
+    assert dropped(choose(served, call(), loads, within_ms=500.0, ahead={"slow": 0})) == {
+        ("both", "slow"): None, ("both", "fast"): None,
+    }  # fmt: skip
+    nobody = choose(served, call(), {"slow": loads["slow"]}, within_ms=100.0)
+    refused = refusals.of(nobody, {})
+    assert isinstance(refused, errors.DeadlineUnmeetable)
+    assert refused.retry_after_s is not None
+    assert 1 <= refused.retry_after_s <= 60
+    assert not refused.is_permanent
+    hopeless = choose(served, call(), {"slow": load(measured("slow"))}, within_ms=100.0)
+    assert refusals.of(hopeless, {}).is_permanent
+
+
+def test_what_was_not_measured_is_never_called_late(served: Catalog) -> None:
+    decision = choose(served, call(), {"slow": load(life("slow", 5000.0), queued=50)}, within_ms=1.0)
+    assert decision.chosen is not None
+
+
+def test_workers_of_two_versions_are_averaged_over_what_both_report(served: Catalog) -> None:
+    both = load(measured("slow"), life("slow", 30.0))
+    assert both.service["both"].keys() == {"run_ms", "ttft_ms", "token_ms", "tokens"}

@@ -1,0 +1,16 @@
+"""What a worker reports of its runs."""
+
+from tasks.service_time import ServiceTime
+
+
+def test_quantiles_are_of_the_last_128_runs_of_each_model() -> None:
+    times = ServiceTime()
+    for _ in range(500):
+        times.observe("m", 9.0, 1.0, 5)
+    for number in range(128):
+        times.observe("m", number / 127, 0.0, 5)
+    times.observe("other", 2.0, 1.0, 0)
+    m = times.stats()["m"]
+    assert (m["run_p10_ms"], m["run_p50_ms"], m["run_p90_ms"], m["num_runs"]) == (100.0, 500.0, 900.0, 128.0)
+    other = times.stats()["other"]
+    assert (other["run_p10_ms"], other["run_p90_ms"], other["run_std_ms"]) == (2000.0, 2000.0, 0.0)

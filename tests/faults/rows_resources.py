@@ -113,7 +113,7 @@ def _num_restarts(home: Path) -> int:
     return sum(int(child["restarts"]) for child in children)
 
 
-@row("F17", "a backend hangs while its worker's heart beats", "I1 I9 I11", within_s=10)
+@row("F17", "a backend hangs while its worker's heart beats", "I1 I9 I11", within_s=10, is_long=True)
 def hung_backend(lab: Lab) -> list[float]:
     lab.stack.environment["SWITCHYARD_STALL_S"] = "1.5"
     try:

@@ -11,6 +11,14 @@ from api.app import create_app
 from api.framing import Framing
 from tasks import logs, server_settings
 
+_VANISHED = (
+    ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 10),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 5),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 3),
+    ((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 25_000),
+)
+"""A client whose machine or network is gone says nothing, not even goodbye: it is noticed within 30 s."""
 _LAST_WORDS_S = 2.0
 """Before the server closes what is still open, those who wait are told to ask another process."""
 
@@ -36,6 +44,9 @@ def main() -> int:
     listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    for option, value in _VANISHED:
+        # Every accepted connection inherits them.
+        listener.setsockopt(*option, value)
     try:
         listener.bind((config.host, config.port))
     except OSError as error:

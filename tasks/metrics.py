@@ -25,6 +25,7 @@ FENCED_WRITES = Counter("switchyard_fenced_writes_total", "Results thrown away: 
 DROPPED_MESSAGES = Counter(
     "switchyard_dropped_messages_total", "Messages whose job was not to be had, or that were malformed.", ["reason"]
 )
+DROPPED_LOG_LINES = Counter("switchyard_dropped_log_lines_total", "Log lines that could not be written.")
 QUEUE_SECONDS = Histogram(
     "switchyard_queue_seconds", "From a job's creation to its start.", ["backend"], buckets=_SECONDS
 )

@@ -51,6 +51,9 @@ _MOST_AGED = 4
 """Messages a pass that come forward because their jobs have waited for long: few, for they go before others."""
 _LONGEST_SILENCE = 10
 """Passes a leader may miss before it loses its lock."""
+_RECONNECT_BEATS = 4
+"""Heartbeats for which a fresh session does not take a worker without a lock for dead: what cost the reconciler its
+own connection may have cost all workers theirs."""
 
 
 @dataclass(slots=True)
@@ -85,10 +88,12 @@ class Queues:
     is_wiped: bool = False
 
 
-def reconcile_once(cursor: Cursor, queues: Queues, config: settings.Settings, backends: Sequence[str]) -> Report:
-    """One pass over the ledger. Changes rows only; the caller sends `messages` and tells of `ended`."""
+def reconcile_once(cursor: Cursor, queues: Queues, config: settings.Settings, backends: Sequence[str], *,
+                   is_fresh: bool = False) -> Report:  # fmt: skip
+    """One pass over the ledger. Changes rows only; the caller sends `messages` and tells of `ended`. `is_fresh`:
+    this session is new, so only leases tell of death yet."""
     report = Report()
-    dead = workers.bury(cursor, config.heartbeat_s)
+    dead = workers.bury(cursor, config.lease_s if is_fresh else config.heartbeat_s)
     if dead:
         for job_id, backend, task, status in recovery.rescue(cursor, dead, config.max_attempts):
             if status == "queued":
@@ -181,6 +186,7 @@ class Reconciler:
         self._redis = transport.connect(self._config.redis_url)
         self._connection: session.Connection | None = None
         self._is_leader = False
+        self._connected_at = float("-inf")
         self._next_housekeeping = 0.0
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -220,6 +226,7 @@ class Reconciler:
             # A leader that hangs must not keep the lock: one that lives speaks in every pass.
             silence = _LONGEST_SILENCE * self._config.sweep_s
             self._connection = session.connect(self._config.database_url, "switchyard-reconciler", idle_s=silence)
+            self._connected_at = time.monotonic()
             self._is_leader = False
         if not self._is_leader:
             with self._connection.cursor() as cursor:
@@ -232,8 +239,9 @@ class Reconciler:
 
     def _reconcile(self, queues: Queues) -> Report:
         assert self._connection is not None
+        is_fresh = time.monotonic() - self._connected_at < _RECONNECT_BEATS * self._config.heartbeat_s
         with self._connection.cursor() as cursor:
-            report = reconcile_once(cursor, queues, self._config, list(self._catalog.backends))
+            report = reconcile_once(cursor, queues, self._config, list(self._catalog.backends), is_fresh=is_fresh)
             reroute(cursor, self._catalog, report)
             report.settled = budgets.settle(cursor)
             if time.monotonic() >= self._next_housekeeping:

@@ -313,18 +313,22 @@ class _Pulse:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
+        pause = self._config.heartbeat_s
         while True:
-            self._now.wait(self._config.heartbeat_s)
+            self._now.wait(pause)
             self._now.clear()
             try:
                 if self._stop.is_set():
                     self._leave()
                     return
                 self._beat()
+                pause = self._config.heartbeat_s
             except session.DependencyDown as error:
                 log.warning("heartbeat.retry", error=type(error).__name__)
                 with contextlib.suppress(*session.DependencyDown):
                     self._connection.close()
+                # The lock went with the connection: whoever misses it for a heartbeat takes this worker for dead.
+                pause = 0.05 if pause == self._config.heartbeat_s else min(pause * 2, self._config.heartbeat_s / 2)
             except Exception:
                 # Without this thread the worker would be taken for dead.
                 log.exception("heartbeat.failed")

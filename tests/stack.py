@@ -47,6 +47,10 @@ class Stack:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.patches: dict[str, str] = {}
         """Python that the process of that name runs before its own program: how a test breaks the product's code."""
+        self.outputs: dict[str, int] = {}
+        """Where the process of that name writes its log, instead of into a file."""
+        self.roots: dict[str, Path] = {}
+        """The checkout that the process of that name runs, if not this one."""
         self._connection: session.Connection | None = None
         self.secret = self.create_key("default")
 
@@ -156,13 +160,15 @@ class Stack:
         if name in self.patches:
             run = f"import runpy; runpy.run_module({argv[1]!r}, run_name='__main__', alter_sys=True)"
             argv = ["-c", f"{self.patches[name]}\n{run}", *argv[2:]]
+        root = self.roots.get(name, ROOT)
         with (self.logs / f"{name}.log").open("ab") as log:
+            output = self.outputs.get(name, log.fileno())
             self.processes[name] = subprocess.Popen(
                 [sys.executable, *argv],
-                cwd=ROOT,
-                env=self.environment | extra,
-                stdout=log,
-                stderr=log,
+                cwd=root,
+                env=self.environment | extra | {"PYTHONPATH": str(root)},
+                stdout=output,
+                stderr=output,
                 start_new_session=True,
             )
 

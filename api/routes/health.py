@@ -6,7 +6,7 @@ import orjson
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from api import auth, metrics
+from api import auth, errors, metrics
 from api.gateway import Gateway
 from db.api_keys import ApiKey
 
@@ -33,4 +33,9 @@ async def readyz(request: Request) -> Response:
 async def prometheus(request: Request, caller: Annotated[ApiKey, Depends(auth.authenticate)]) -> Response:
     """Prometheus's text format."""
     gateway: Gateway = request.app.state.gateway
-    return Response(metrics.page(gateway.loads), media_type="text/plain; version=0.0.4; charset=utf-8")
+    try:
+        page = metrics.page(gateway.loads)
+    except (OSError, ValueError):
+        # The folder that processes share is gone; jobs do not need it.
+        raise errors.DependencyUnavailable("The metrics cannot be read.") from None
+    return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -17,14 +17,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults import check, rows_clients, rows_models, rows_processes, rows_servers
+from tests.faults import (
+    check,
+    rows_clients,
+    rows_ledger,
+    rows_models,
+    rows_processes,
+    rows_resources,
+    rows_servers,
+    rows_waiting,
+)
 from tests.faults.check import Finding, Run
 from tests.faults.lab import ECHO, FEATURES, REAL, Lab
 from tests.faults.rows import ROWS, Row
 
 _ALWAYS = ("I1", "I2", "I3", "I4", "I5", "I6", "I7", "I9", "I10", "I11", "I19")
 # Importing them registers their rows.
-_MODULES = (rows_processes, rows_models, rows_servers, rows_clients)
+_MODULES = (rows_processes, rows_resources, rows_models, rows_servers, rows_ledger, rows_waiting, rows_clients)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ with proxies on the lines between them, clients that keep a history, and a ledge
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import threading
 import time
@@ -31,25 +32,36 @@ from tests.stack import ROOT, Stack, free_port
 ECHO = """
 backends:
   echo: {runtime: echo, concurrency: 64, max_queued: 400}
+  lame: {runtime: echo, concurrency: 8, max_queued: 50}
 models:
   echo: {path: echo, backends: [echo], context_length: 4096}
+  lame: {path: echo, backends: [lame], context_length: 4096, auto: false}
 limits: {body_bytes: 262144}
 """
 REAL = """
 backends:
   echo: {runtime: echo, concurrency: 64, max_queued: 400}
+  lame: {runtime: echo, concurrency: 8, max_queued: 50}
   gpt: {runtime: gpt, concurrency: 16, options: {dtype: float32, max_batch_size: 16}}
   vllm: {runtime: vllm, concurrency: 16, options: {dtype: float32, max_num_seqs: 8, kv_cache_memory_gib: 0.25}}
 models:
   echo: {path: echo, backends: [echo], context_length: 4096}
+  lame: {path: echo, backends: [lame], context_length: 4096, auto: false}
   on-gpt: {path: smollm2-135m-instruct, backends: [gpt], context_length: 512, auto: false}
   on-vllm: {path: smollm2-135m-instruct, backends: [vllm], context_length: 512, auto: false}
 limits: {body_bytes: 262144}
 """
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
+"""Version 1 of control groups."""
+FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 FEATURES: Mapping[str, bool] = {
     "idempotency": "idempotency_key_reuse" in errors.TABLE,
     "quarantine": "quarantined" in errors.TABLE,
     "coalescing": hasattr(models.Job, "leader_id"),
+    "root": os.geteuid() == 0,
+    "cgroups": os.access(MEMORY_GROUPS, os.W_OK) and os.geteuid() == 0,
+    "faketime": bool(FAKETIME),
+    "history": (ROOT / ".git").exists() and shutil.which("git") is not None,
     "models": (ROOT / "models" / "smollm2-135m-instruct").exists(),
 }
 """What rows may need, and whether this checkout has it."""

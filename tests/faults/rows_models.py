@@ -1,4 +1,4 @@
-"""Family B with real models, where they are on this machine: a long run's rows.
+"""Family B with real models, where they are on this machine.
 
 fp32 and greedy, so the answer after a kill can be compared word for word with an undisturbed one.
 """
@@ -39,7 +39,7 @@ def _killed_in_the_middle(lab: Lab, backend: str) -> list[float]:
     return found
 
 
-@row("F12g", "kill -9 of a Transformers worker in the middle of a stream", "I1 I5 I14", within_s=120, needs="models", is_long=True)  # fmt: skip
+@row("F12g", "kill -9 of a Transformers worker in the middle of a stream", "I1 I5 I14", within_s=120, needs="models")  # fmt: skip
 def gpt(lab: Lab) -> list[float]:
     return _killed_in_the_middle(lab, "gpt")
 

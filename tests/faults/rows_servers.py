@@ -58,7 +58,7 @@ def _command(broker: Any, *words: str) -> None:
     broker.execute_command(*words)
 
 
-def _accepts_all(lab: Lab, since: float) -> None:
+def accepts_all(lab: Lab, since: float) -> None:
     """Whether every submission from then on (harness's clock) was accepted (or, with a known key, found its
     ended job): Redis is not needed for that."""
     refused = [
@@ -81,7 +81,7 @@ def _redis_restarts(lab: Lab, stop: Callable[[], None], down_s: float) -> list[f
             time.sleep(down_s)
             lab.valkey.restart()
             found += lab.answers_again()
-        _accepts_all(lab, since)
+        accepts_all(lab, since)
     return found
 
 
@@ -120,7 +120,7 @@ def redis_paused(lab: Lab) -> list[float]:
         _command(broker, "CLIENT", "PAUSE", "4000", "ALL")
         time.sleep(4)
         found = lab.answers_again()
-    _accepts_all(lab, since)
+    accepts_all(lab, since)
     return found
 
 
@@ -132,7 +132,7 @@ def redis_frozen(lab: Lab) -> list[float]:
         time.sleep(lab.times(5, 30))
         os.kill(lab.valkey.process.pid, signal.SIGCONT)
         found = lab.answers_again()
-    _accepts_all(lab, since)
+    accepts_all(lab, since)
     return found
 
 
@@ -144,7 +144,7 @@ def redis_slow(lab: Lab) -> list[float]:
             with _through(lab, _ALL_REDIS, Mode.DELAY, delay_s=delay_s):
                 time.sleep(5)
         found = lab.answers_again()
-    _accepts_all(lab, since)
+    accepts_all(lab, since)
     return found
 
 
@@ -158,7 +158,7 @@ def redis_full(lab: Lab) -> list[float]:
         finally:
             broker.config_set("maxmemory", "0")
         found = lab.answers_again()
-    _accepts_all(lab, since)
+    accepts_all(lab, since)
     return found
 
 
@@ -185,7 +185,7 @@ def redis_maxclients(lab: Lab) -> list[float]:
         time.sleep(3)
         broker.config_set("maxclients", "1000")
         found = lab.answers_again()
-    _accepts_all(lab, since)
+    accepts_all(lab, since)
     return found
 
 
@@ -199,7 +199,7 @@ def redis_wrong_type(lab: Lab) -> list[float]:
         time.sleep(3)
         broker.delete("echo")
         found = lab.answers_again()
-    _accepts_all(lab, since)
+    accepts_all(lab, since)
     return found
 
 
@@ -216,7 +216,7 @@ def redis_readonly(lab: Lab) -> list[float]:
         time.sleep(2)
         broker.config_set("requirepass", right)
         found = lab.answers_again()
-    _accepts_all(lab, since)
+    accepts_all(lab, since)
     return found
 
 
@@ -338,7 +338,7 @@ def _unreachable(lab: Lab, name: str, mode: Mode, seconds: float) -> list[float]
 def gateway_loses_redis(lab: Lab) -> list[float]:
     since = time.monotonic()
     found = _unreachable(lab, "gateway-redis", Mode.HANG, lab.times(5, 30))
-    _accepts_all(lab, since)
+    accepts_all(lab, since)
     return found
 
 

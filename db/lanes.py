@@ -34,6 +34,8 @@ _WATCH_S = 0.25
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+_Entry = tuple[Item, "asyncio.Future[Answer] | None", float]
+"""What is asked, who waits for it, and since when (time.monotonic())."""
 
 
 class LaneDown(Exception):
@@ -71,7 +73,7 @@ class Lane(Generic[Item, Answer]):
         self._on_connect = on_connect
         self.name = f"switchyard-{statement.__name__}"
         """Of its thread and its session."""
-        self._items: queue.SimpleQueue[tuple[Item, asyncio.Future[Answer] | None] | None] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[_Entry[Item, Answer] | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
         self._asked_at: float | None = None
         """time.monotonic() of the statement that Postgres has not answered yet."""
@@ -85,12 +87,12 @@ class Lane(Generic[Item, Answer]):
     def submit(self, item: Item) -> "asyncio.Future[Answer]":
         """Queue `item`. The future raises LaneDown, or what Postgres raised for this very item."""
         future: asyncio.Future[Answer] = self._loop.create_future()
-        self._items.put((item, future))
+        self._items.put((item, future, time.monotonic()))
         return future
 
     def send(self, item: Item) -> None:
         """Queue `item` for whose answer nobody waits; a failure is logged."""
-        self._items.put((item, None))
+        self._items.put((item, None, time.monotonic()))
 
     def cut_if_silent(self) -> None:
         """Cut a connection that has said nothing for too long: libpq would wait for ever for a server that
@@ -127,12 +129,24 @@ class Lane(Generic[Item, Answer]):
                     break
                 batch.append(entry)
             is_busy = len(batch) > 1
-            outcomes = self._outcomes([item for item, _ in batch])
-            self._deliver(list(zip([future for _, future in batch], outcomes, strict=True)))
+            batch, late = self._parted(batch)
+            self._deliver([(future, LaneDown("waited behind a statement that failed")) for _, future, _ in late])
+            outcomes = self._outcomes([item for item, _, _ in batch]) if batch else []
+            self._deliver(list(zip([future for _, future, _ in batch], outcomes, strict=True)))
             if is_closing:
                 break
         if self._connection is not None:
             self._connection.close()
+
+    def _parted(
+        self, batch: "list[_Entry[Item, Answer]]"
+    ) -> "tuple[list[_Entry[Item, Answer]], list[_Entry[Item, Answer]]]":
+        """Who is tried, and who has waited too long behind what failed: a try of their own may take as long again."""
+        since = time.monotonic() - self._patience_s / 4
+        if self._patience_s >= _PATIENT_S or self._failed_at < batch[0][2]:
+            return batch, []
+        limit = min(since, self._failed_at)
+        return [entry for entry in batch if entry[2] >= limit], [entry for entry in batch if entry[2] < limit]
 
     def _deliver(self, pairs: "list[tuple[asyncio.Future[Answer] | None, Answer | Exception]]") -> None:
         failures = [outcome for future, outcome in pairs if future is None and isinstance(outcome, Exception)]

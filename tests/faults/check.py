@@ -246,7 +246,7 @@ def answers_come_in_time(run: Run) -> Finding:
     finding = Finding("I9")
     frozen, starved = _spans(run.history, "frozen", "thawed"), _spans(run.history, "starved", "fed")
     slowest: dict[str, float] = defaultdict(float)
-    num_starved = 0
+    num_starved = num_behind = 0
     for record in run.answers:
         began = record.at - record.seconds
         if record.bound_s is None or any(
@@ -258,11 +258,17 @@ def answers_come_in_time(run: Run) -> Finding:
         if record.seconds > bound_s + slack_s and any(start < record.at and began < end for _, start, end in starved):
             slack_s += STARVED_SLACK_S
             num_starved += 1
+        if record.seconds > bound_s + slack_s >= record.seconds - record.behind_s:
+            num_behind += 1
+        slack_s += record.behind_s
         slowest[record.kind] = max(slowest[record.kind], record.seconds)
         what = f"{record.kind} took {record.seconds:.1f} s of {bound_s:.1f} in {record.row}"
         finding.expect(record.seconds <= bound_s + slack_s, f"{what} ({record.status or record.error})")
     longest = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in sorted(slowest.items()))
-    finding.note = f"slowest (s): {longest}; {num_starved:,} late ones while the machine had no CPU left"
+    finding.note = (
+        f"slowest (s): {longest}; {num_starved:,} late ones while the machine had no CPU left, "
+        f"{num_behind:,} that the harness was too busy to read in time"
+    )
     return finding
 
 

@@ -27,6 +27,9 @@ TERMINAL = frozenset({"succeeded", "failed", "cancelled", "expired"})
 _TIMEOUT_S = 15.0
 """Longer than any bound: a late answer is recorded as late, not as absent."""
 _PATIENCE_S = 60.0
+_TICK_S = 0.02
+_ON_TIME_S = 0.01
+"""A turn of the loop that is later than this is behind: there were too many answers to read at once."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,6 +62,8 @@ class Record:
     seconds: float = 0.0
     bound_s: float | None = None
     """How long the exchange may take."""
+    behind_s: float = 0.0
+    """For how long of it the harness's own loop ran behind: then it was not the server that was late."""
     retry_after: str | None = None
     allowed: list[int] = field(default_factory=list)
     """Statuses that are honest here beside 2xx, 429 and 503."""
@@ -128,10 +133,18 @@ class Clients:
         self._thread = threading.Thread(target=self._loop.run_forever, name="clients", daemon=True)
         self._thread.start()
         self._http: httpx.AsyncClient = self.run(self._open())
+        self._behind_s = 0.0
+        """Altogether, by a clock that ticks on the loop."""
+        self._loop.call_soon_threadsafe(self._tick, time.monotonic())
         self._arrivals: asyncio.Task[None] | None = None
         self._lives: set[asyncio.Task[Any]] = set()
         self._known: list[tuple[str, str]] = []
         """(tenant, job id) that another tenant may try to reach."""
+
+    def _tick(self, due: float) -> None:
+        now = time.monotonic()
+        self._behind_s += max(now - due - _ON_TIME_S, 0.0)
+        self._loop.call_at(self._loop.time() + _TICK_S, self._tick, now + _TICK_S)
 
     def run(self, work: Coroutine[Any, Any, Answer], within_s: float = 120) -> Answer:
         """Do `work` on the clients' loop and wait for it."""
@@ -348,6 +361,7 @@ class Clients:
             key=key, request_sha256=None if content is None else _sha256(content),
         )  # fmt: skip
         self.history.add(started)
+        behind_s = self._behind_s
         ended = dataclasses.replace(started, type="info", bound_s=bound_s, allowed=allowed or [], job_id=job_id)
         headers = {"Authorization": f"Bearer {self.secrets[tenant]}", "Content-Type": "application/json"}
         if key is not None:
@@ -359,7 +373,7 @@ class Clients:
         else:
             _describe(ended, response)
         ended.at = time.monotonic()
-        ended.seconds = ended.at - started.at
+        ended.seconds, ended.behind_s = ended.at - started.at, self._behind_s - behind_s
         return self.history.add(ended)
 
     async def _segment(self, op: int, url: str, method: str, path: str, body: Any, tenant: str, nonce: str,

@@ -60,6 +60,7 @@ FEATURES: Mapping[str, bool] = {
     "coalescing": hasattr(models.Job, "leader_id"),
     "root": os.geteuid() == 0,
     "cgroups": os.access(MEMORY_GROUPS, os.W_OK) and os.geteuid() == 0,
+    "networks": os.geteuid() == 0 and shutil.which("ip") is not None,
     "faketime": bool(FAKETIME),
     "history": (ROOT / ".git").exists() and shutil.which("git") is not None,
     "models": (ROOT / "models" / "smollm2-135m-instruct").exists(),

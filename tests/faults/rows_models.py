@@ -3,7 +3,12 @@
 fp32 and greedy, so the answer after a kill can be compared word for word with an undisturbed one.
 """
 
+import contextlib
+import os
+import signal
 import time
+
+import psutil
 
 from tests.faults.lab import Lab
 from tests.faults.rows import row
@@ -47,3 +52,34 @@ def gpt(lab: Lab) -> list[float]:
 @row("F12v", "kill -9 of a vLLM worker in the middle of a stream", "I1 I5 I14", within_s=240, needs="models", is_long=True)  # fmt: skip
 def vllm(lab: Lab) -> list[float]:
     return _killed_in_the_middle(lab, "vllm")
+
+
+@row("F65g", "vLLM's engine is frozen, then killed, under its worker", "I1 I5 I14", within_s=240, needs="models", is_long=True)  # fmt: skip
+def lost_engine(lab: Lab) -> list[float]:
+    body = {"model": "on-vllm", "messages": [{"role": "user", "content": "Tell me about the sea."}], "temperature": 0,
+            "max_tokens": 96}  # fmt: skip
+    lab.stack.environment["SWITCHYARD_STALL_S"] = "5"
+    found, texts = [], set()
+    try:
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            lab.start_model_worker("vllm", "vllm-a", _LOAD_S)
+            worker = psutil.Process(lab.stack.processes["vllm-a"].pid)
+            engine = max(worker.children(recursive=True), key=lambda child: child.memory_info().rss)
+            stream = lab.stack.read_stream("/v1/chat/completions", body, **{"Cache-Control": "no-store"})
+            stream.wait_for(3 * 20)
+            since = time.time()
+            os.kill(engine.pid, number)
+            # The worker finds out by itself.
+            lab.reap("vllm-a", 30)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engine.kill()
+            lab.start_model_worker("vllm", "vllm-a", _LOAD_S)
+            texts.add(stream.text())
+            found += lab.restarts(since)
+            lab.stack.stop("vllm-a", 60)
+    finally:
+        del lab.stack.environment["SWITCHYARD_STALL_S"]
+        if "vllm-a" in lab.stack.processes:
+            lab.kill("vllm-a")
+    assert len(texts) == 1, f"two failovers of one question gave two answers: {texts}"
+    return found

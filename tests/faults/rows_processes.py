@@ -79,7 +79,7 @@ def before_message(lab: Lab) -> list[float]:
 def before_answer(lab: Lab) -> list[float]:
     patch = (
         "import api.answers\nimport asyncio\n"
-        "async def late(*_, **__):\n    await asyncio.sleep(0.2)\n    die()\napi.answers._accepted = late"
+        "async def late(*_, **__):\n    await asyncio.sleep(0.2)\n    die()\napi.answers.accepted = late"
     )
     found = []
     for _ in range(lab.times(1, 20)):

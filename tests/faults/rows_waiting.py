@@ -3,14 +3,21 @@ and two releases side by side."""
 
 import asyncio
 import contextlib
+import ctypes
 import io
 import itertools
+import json
+import os
+import socket
 import subprocess
 import tarfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 
 from db import api_keys, session
 from db.tenants import Limits
@@ -131,6 +138,76 @@ def expiring_entry(lab: Lab) -> list[float]:
         known = len(spans)
         job_id = lab.query("SELECT job_id::text FROM response_cache WHERE encode(key, 'hex') = %s", key)[0][0]
     return lab.answers_again()
+
+
+_HERE, _THERE = "10.217.19.1", "10.217.19.2"
+
+
+@contextlib.contextmanager
+def _another_host(name: str) -> Iterator[Callable[[int], socket.socket]]:
+    """A network of its own behind a cable; what is given connects from there to a port of this host."""
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("addr", "add", f"{_HERE}/30", "dev", name)
+        ip("link", "set", name, "up")
+        ip("-n", name, "addr", "add", f"{_THERE}/30", "dev", "eth0")
+        ip("-n", name, "link", "set", "eth0", "up")
+
+        def connect(port: int) -> socket.socket:
+            made: list[socket.socket] = []
+
+            def there() -> None:
+                # A socket belongs to the network in which its thread was when it was made.
+                with Path(f"/var/run/netns/{name}").open() as network:
+                    assert ctypes.CDLL(None, use_errno=True).setns(network.fileno(), 0) == 0, ctypes.get_errno()
+                made.append(socket.create_connection((_HERE, port), 5))
+
+            thread = threading.Thread(target=there)
+            thread.start()
+            thread.join()
+            return made[0]
+
+        yield connect
+    finally:
+        subprocess.run(["ip", "link", "del", name], check=False, capture_output=True)
+        ip("netns", "del", name)
+
+
+@row("F65a", "clients vanish without a word: their cable is cut", "I15", within_s=35, needs="networks", is_long=True)
+def vanished_clients(lab: Lab) -> list[float]:
+    """How long the gateway keeps the sockets of idle, waiting and streaming clients that are gone."""
+    name = f"sy{os.getpid() % 100_000}"
+    head = f"HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {lab.stack.secret}\r\nContent-Type: application/json\r\n"
+    body = json.dumps({**completion("vanished " * 9, {"token_ms": 400}), "stream": True})
+    asked = f"POST /v1/completions {head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    lab.start("gateway-c", SWITCHYARD_HOST="0.0.0.0")
+    gateway = psutil.Process(lab.stack.processes["gateway-c"].pid)
+
+    def num_open() -> int:
+        return sum(bool(link.raddr) and link.raddr.ip == _THERE for link in gateway.net_connections())
+
+    try:
+        with _another_host(name) as connect:
+            clients = [connect(lab.ports["gateway-c"]) for _ in range(15)]
+            for number, client in enumerate(clients):
+                if number % 3 == 0:
+                    client.sendall(asked)
+                elif number % 3 == 1:
+                    client.sendall(f"GET /healthz {head}\r\n".encode())
+            lab.until(lambda: num_open() == 15, "fifteen connections")
+            time.sleep(1)
+            subprocess.run(["ip", "link", "set", name, "down"], check=True)
+            took = lab.until(lambda: num_open() == 0, "end of half-open connections", 60)
+            for client in clients:
+                client.close()
+    finally:
+        lab.kill("gateway-c")
+    return [took]
 
 
 _PREVIOUS = "2d96aec"

@@ -151,6 +151,11 @@ def test_a_frozen_gateway_is_not_blamed_for_being_late() -> None:
     assert "I9" not in caught(Run([*run.history, *spell], run.before, run.after))
 
 
+def test_a_harness_that_is_behind_blames_nobody_for_that_long() -> None:
+    assert "I9" not in caught(told(honest_run(), "submit", seconds=2.0, behind_s=0.8))
+    assert "I9" in caught(told(honest_run(), "submit", seconds=2.0, behind_s=0.3))
+
+
 def test_a_history_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     book = History(tmp_path / "history.jsonl")
     book.row = "F00"

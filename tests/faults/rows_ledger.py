@@ -147,7 +147,9 @@ def migration(lab: Lab) -> list[float]:
     return [took]
 
 
-@row("F71", "the clock of Postgres jumps a minute forth, and back", "I5 I6", within_s=15, needs="faketime")
+@row(
+    "F71", "the clock of Postgres jumps a minute forth, and back", "I5 I6", within_s=15, needs="faketime", is_long=True
+)
 def jumping_clock(lab: Lab) -> list[float]:
     spec = lab.postgres.spec
     assert isinstance(spec, servers.Postgres)

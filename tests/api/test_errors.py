@@ -50,6 +50,7 @@ EXPECTED = {
     "stream_interrupted": 502,
     "gateway_stopping": 503,
     "rate_limit_exceeded": 429,
+    "deadline_unmeetable": 429,
     "insufficient_quota": 429,
     "queue_full": 429,
     "too_many_uploads": 429,

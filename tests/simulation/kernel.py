@@ -266,7 +266,8 @@ class Kernel:
         self.num_steps += 1
         rng = self.rng
         self.store.now += rng.random() * 2 * STEP_S
-        self._ring()
+        if self._alarms and self._alarms[0][0] <= self.store.now:
+            self._ring()
         if self.is_faulty and rng.random() < self._fault_chance:
             self._strike()
         while not self.ready:

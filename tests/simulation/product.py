@@ -56,6 +56,7 @@ class Recorded:
         def ask(cursor: Answers, *arguments: Any) -> Any:
             return cursor.ask(name, arguments)
 
+        setattr(self, name, ask)
         return ask
 
 

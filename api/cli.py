@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import uuid
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
@@ -17,10 +18,11 @@ import settings
 from api import key_commands, tenant_commands, usage_command, views, webhook_commands
 from api.terminal import Json, console, fail, ledger, show
 from catalog import Catalog, CatalogError
-from db import budgets, cache, job_views, jobs, session, workers
+from db import budgets, cache, job_views, jobs, removal, session, workers
 from db.cache import Purge
 from db.job_views import DeadLetters, Filter
-from db.models import JobStatus
+from db.models import TERMINAL, JobStatus
+from db.removal import Deletion
 from local import stack
 from local.models import ModelError
 from local.servers import ServersError
@@ -188,6 +190,28 @@ def retry_jobs(
             found for found in budgets.retry(cursor, [(job_id, None) for job_id in ids]) if isinstance(found, tuple)
         ]
     console.print(f"queued {len(retried)} of {len(ids)} again")
+
+
+@jobs_app.command("delete")
+def delete_jobs(
+    job_ids: Annotated[list[uuid.UUID] | None, typer.Argument(help="Jobs that have ended.")] = None,
+    ended: Annotated[bool, typer.Option("--ended", help="Every ended job that the options below match.")] = False,
+    status: Annotated[JobStatus | None, typer.Option()] = None,
+    model: Annotated[str | None, typer.Option()] = None,
+    tenant: Annotated[str | None, typer.Option()] = None,
+    before: Annotated[datetime | None, typer.Option(help="Ended before then, in UTC.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000)] = 1000,
+) -> None:
+    """Remove ended jobs, their answers and the cache entries made of them. The oldest first."""
+    if bool(job_ids) == ended:
+        fail("name the jobs, or say --ended")
+    seconds = None if before is None else int(before.replace(tzinfo=UTC).timestamp())
+    wanted = Deletion(tenant=tenant, status=status, model=model, before=seconds, limit=limit)
+    named = [(job_id, _job(job_id).tenant) for job_id in job_ids or ()]
+    with ledger() as cursor:
+        found = named or removal.find(cursor, [wanted])[0]
+        states = removal.delete(cursor, found)
+    console.print(f"deleted {sum(state in TERMINAL for state in states)} of {len(found)}")
 
 
 @cache_app.command("stats")

@@ -32,6 +32,7 @@ from db.cache import Hit
 from db.job_views import Backlog, DeadLetters, Depth, Outcome, View
 from db.lanes import Lane, LaneDown
 from db.models import TERMINAL, JobStatus
+from db.removal import Deletion
 from db.session import Cursor
 from tasks import inference, metrics, replay, router, transport, webhook_post
 from tasks.call import Call
@@ -103,6 +104,7 @@ class Gateway:
         self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
         self.cancels = Lane(url, jobs.cancel)
         self.deletes = Lane(url, removal.delete)
+        self._deletions = Lane(url, removal.find, silence_s=_LONG_S)
         self.webhook_secrets = Lane(url, webhooks.list_secrets)
         self.new_webhook_secrets = Lane(url, webhooks.create_secret)
         self.webhook_pages = Lane(url, webhooks.find, silence_s=_LONG_S)
@@ -285,6 +287,12 @@ class Gateway:
         assert wanted.tenant is not None
         ids = await self._dead_letters.submit(wanted)
         return (await asyncio.gather(*[self._requeue(job_id, wanted.tenant) for job_id in ids])).count(True)
+
+    async def delete_all(self, wanted: Deletion) -> tuple[int, int]:
+        """Delete the ended jobs that match; how many were found and how many are gone by this."""
+        found = await self._deletions.submit(wanted)
+        states = await asyncio.gather(*[self.deletes.submit(one) for one in found])
+        return len(found), sum(state in TERMINAL for state in states)
 
     async def _requeue(self, job_id: uuid.UUID, tenant: str) -> bool | Refused:
         found = await self._requeues.submit((job_id, tenant))

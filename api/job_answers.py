@@ -15,6 +15,7 @@ from db.api_keys import ApiKey
 from db.job_views import DeadLetters, Filter, View
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
+from db.removal import Deletion
 from tasks.call import Call
 from tasks.fair_share import Priority
 from tasks.identity import RESPONSES, Identity
@@ -187,6 +188,20 @@ async def retry_all(request: Request, wanted: DeadLetters) -> Response:
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     return _json({"object": "job.retry", "retried": retried}, 202)
+
+
+async def delete_all(request: Request, wanted: Deletion) -> Response:
+    gateway: Gateway = request.app.state.gateway
+    try:
+        found, deleted = await gateway.delete_all(wanted)
+    except LaneDown:
+        raise errors.DependencyUnavailable() from None
+    gateway.recent_hits.clear()
+    return _json({"object": "job.deletion", "deleted": deleted, "has_more": found == wanted.limit})
+
+
+async def events(request: Request, caller: ApiKey, job_id: UUID) -> Response:
+    return _json(views.history(await _view(request.app.state.gateway, caller, job_id)))
 
 
 async def explain(request: Request, caller: ApiKey, job_id: UUID) -> Response:

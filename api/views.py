@@ -64,6 +64,7 @@ def job(view: View, queue: JSON | None = None) -> JSON:
             "cancel": f"{path}/cancel",
             "retry": f"{path}/retry",
             "explain": f"{path}/explain",
+            "events": f"{path}/events",
         },
         "webhook": view.webhook,
         "metadata": view.metadata or {},
@@ -112,6 +113,41 @@ def _store_ms(view: View) -> float | None:
     """What the last commit took: the ledger's time from start to finish, less the worker's own."""
     run, whole = view.timings.get("run_ms"), _between(view.started_at, view.finished_at)
     return None if run is None or whole is None or view.status not in TERMINAL else round(max(whole - run, 0.0), 3)
+
+
+def history(view: View) -> JSON:
+    """What has befallen the job so far, oldest first: accepted, each attempt's start and end, its own end. `at` is in
+    Unix seconds with a fraction; where attempts ended and were retried or taken over, `outcome` says why."""
+    events: list[JSON] = [{"type": "job.accepted", "at": _moment(view.created_at)}]
+    for one in view.attempts:
+        if one.get("started_at") is not None:
+            told = {"attempt": one["attempt"], "worker_id": one["worker_id"]}
+            events.append({"type": "job.attempt_started", "at": _rounded(one["started_at"]), **told})
+            events.append(
+                {"type": "job.attempt_ended", "at": _rounded(one["ended_at"]), **told, "outcome": one["outcome"]}
+            )
+        else:
+            # A marker between attempts: asked for again, or inherited from a leader that ended.
+            events.append({"type": f"job.{one['outcome']}", "at": _rounded(one["ended_at"])})
+    ended = [one["started_at"] for one in view.attempts if one.get("started_at") is not None]
+    if view.started_at is not None and view.started_at.timestamp() > max(ended, default=0.0) + 1e-6:
+        events.append({"type": "job.attempt_started", "at": _moment(view.started_at), "attempt": view.attempt,
+                       "worker": view.worker})  # fmt: skip
+        if view.first_token_at is not None:
+            events.append({"type": "job.first_token", "at": _moment(view.first_token_at), "attempt": view.attempt})
+    if view.status in TERMINAL:
+        code = None if view.error is None else view.error.get("code")
+        events.append({"type": f"job.{view.status}", "at": _moment(view.finished_at), "code": code})
+    events.sort(key=lambda event: event["at"])  # a run taken over began before this job was there
+    return {"object": "list", "data": [{"object": "job.event", **event} for event in events], "has_more": False}
+
+
+def _moment(moment: datetime.datetime | None) -> float | None:
+    return None if moment is None else _rounded(moment.timestamp())
+
+
+def _rounded(at: float | None) -> float | None:
+    return None if at is None else round(at, 3)
 
 
 def seconds(moment: datetime.datetime | None) -> int | None:

@@ -50,7 +50,8 @@ def hand_over(cursor: Cursor) -> list[tuple[uuid.UUID, str, str]]:
             led AS (UPDATE jobs j SET leader_id = NULL, enqueued_at = clock_timestamp(),
                     num_followers = (SELECT count(*) - 1 FROM jobs WHERE leader_id = %(gone)s AND status = 'queued'),
                     attempts = attempts || (SELECT attempts FROM jobs WHERE id = %(gone)s)
-                        || jsonb_build_object('attempt', 0, 'outcome', 'took_over')
+                        || jsonb_build_object('attempt', 0, 'outcome', 'took_over',
+                            'ended_at', extract(epoch FROM clock_timestamp()))
                 FROM oldest o WHERE j.id = o.id RETURNING j.id, backend, task),
             others AS (UPDATE jobs j SET leader_id = led.id FROM led
                 WHERE j.leader_id = %(gone)s AND j.status = 'queued' AND j.id <> led.id)

@@ -2,10 +2,42 @@
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from db import budgets, flights
 from db.models import TERMINAL, JobStatus
 from db.session import Cursor, transaction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deletion:
+    """Which jobs are to go, of those that have ended: a tenant's (None: all), in a state, of a model, of an endpoint,
+    that ended before a Unix second; the oldest `limit`."""
+
+    tenant: str | None
+    status: str | None = None
+    model: str | None = None
+    endpoint: str | None = None
+    before: int | None = None
+    limit: int = 1000
+
+
+def find(cursor: Cursor, wanted: Sequence[Deletion]) -> list[list[tuple[uuid.UUID, str]]]:
+    """(id, tenant) of the jobs that match, for `delete`."""
+    return [_find(cursor, one) for one in wanted]
+
+
+def _find(cursor: Cursor, wanted: Deletion) -> list[tuple[uuid.UUID, str]]:
+    columns = [name for name in ("tenant", "status", "model", "endpoint") if getattr(wanted, name) is not None]
+    conditions = ["finished_at IS NOT NULL", *(f"{name} = %({name})s" for name in columns)]
+    if wanted.before is not None:
+        conditions.append("finished_at < to_timestamp(%(before)s)")
+    cursor.execute(
+        f"SELECT id, tenant FROM jobs WHERE {' AND '.join(conditions)} "  # noqa: S608 - names from this file alone
+        "ORDER BY finished_at LIMIT %(limit)s",
+        {name: getattr(wanted, name) for name in Deletion.__slots__},
+    )
+    return [(row[0], row[1]) for row in cursor.fetchall()]
 
 
 def delete(cursor: Cursor, wanted: Sequence[tuple[uuid.UUID, str]]) -> list[JobStatus | None]:

@@ -9,11 +9,13 @@ from api import auth, job_answers, schemas
 from api.routes import parameters
 from db.api_keys import ApiKey
 from db.job_views import DeadLetters, Filter
+from db.removal import Deletion
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 Caller = Annotated[ApiKey, Depends(auth.authenticate)]
-Status = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+Ended = Literal["succeeded", "failed", "cancelled", "expired"]
+Status = Literal["queued", "running"] | Ended
 
 
 @router.post("", status_code=202, openapi_extra=schemas.openapi_extra("/v1/jobs"))
@@ -48,6 +50,22 @@ async def list_jobs(
     wanted = Filter(tenant=caller.tenant, status=status, model=model, endpoint=endpoint, metadata=metadata,
                     after=after, limit=limit)  # fmt: skip
     return await job_answers.page(request, wanted)
+
+
+@router.delete("")
+async def delete_jobs(
+    request: Request,
+    caller: Caller,
+    status: Ended | None = None,
+    model: Annotated[str | None, parameters.text(256)] = None,
+    endpoint: Annotated[str | None, parameters.text(64)] = None,
+    before: Annotated[int | None, Query(ge=0, le=parameters.LAST_SECOND)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+) -> Response:
+    """Remove the caller's jobs that have ended, with their answers and the cache entries made of them: all, or those
+    that match and ended before a Unix second. The oldest first; `has_more` says that `limit` was reached."""
+    wanted = Deletion(tenant=caller.tenant, status=status, model=model, endpoint=endpoint, before=before, limit=limit)
+    return await job_answers.delete_all(request, wanted)
 
 
 @router.get("/{job_id}")
@@ -101,6 +119,12 @@ async def retry_jobs(
 async def retry_job(request: Request, caller: Caller, job_id: UUID) -> Response:
     """Queue a failed or expired job again, under its own id and with a full set of attempts."""
     return await job_answers.retry(request, caller, job_id)
+
+
+@router.get("/{job_id}/events")
+async def list_job_events(request: Request, caller: Caller, job_id: UUID) -> Response:
+    """What has befallen the job so far, oldest first: accepted, each attempt's start and end, its own end."""
+    return await job_answers.events(request, caller, job_id)
 
 
 @router.get("/{job_id}/explain")

@@ -40,6 +40,10 @@ def test_jobs_can_be_listed_shown_explained_and_cancelled(stack: Stack) -> None:
     assert "the only candidate left" in explained
     assert "tokenise" in explained
     assert "cancelled" in switchyard(stack, "jobs", "cancel", job_id)
+    assert "deleted 1 of 1" in switchyard(stack, "jobs", "delete", job_id)
+    assert "no job" in switchyard(stack, "jobs", "delete", job_id, status=1)
+    assert "--ended" in switchyard(stack, "jobs", "delete", status=1)
+    assert "deleted 0 of 0" in switchyard(stack, "jobs", "delete", "--ended", "--before", "2020-01-01")
     assert "no job" in switchyard(stack, "jobs", "show", "01a20979-8744-7650-870c-0098b145d576", status=1)
 
 

@@ -158,7 +158,7 @@ PATHS = [
     *[get(f"/admin/v1/tenants/{quote(value, safe='%')}", "validation_error")
       for value in ("-x", "%00", "x" * 65, "a b", "é", "a%0ab")],
     *[Case("POST", f"/v1/webhooks/deliveries/{quote(value, safe='%')}/redeliver", "validation_error") for value in NO_ID],
-    *[get(f"/v1/jobs/{JOB}{rest}", "job_not_found") for rest in ("", "/result", "/stream", "/explain", "?wait=1")],
+    *[get(f"/v1/jobs/{JOB}{rest}", "job_not_found") for rest in ("", "/result", "/stream", "/explain", "/events", "?wait=1")],
     *[get(f"/v1/jobs/{JOB}/stream", "job_not_found", Last_Event_ID=value) for value in ("-1", MARK, "9" * 30, "")],
     *[get(path, "not_found") for path in (
         f"/{MARK}", "//v1/models", "/v1/models/x/y", "/v1", "/v1/%2e%2e/admin", "/%00", "/v1/jobs/%2e%2e/%2e%2e/etc/passwd",
@@ -185,6 +185,9 @@ QUERIES = [
       for query in (f"stream={MARK}", "starting_after=-1", "stream=2")],
     *[Case("POST", f"/v1/jobs/retry?{query}", "validation_error") for query in (
         "limit=0", "limit=1001", "model=%00", "code=%00", "code=" + "x" * 65, f"limit={MARK}")],
+    *[Case("DELETE", f"/v1/jobs?{query}", "validation_error") for query in (
+        "limit=0", "limit=1001", "status=running", f"status={MARK}", "model=%00", "endpoint=" + "x" * 65, "before=-1",
+        "before=nan", "before=1e9", f"before={10**15}", f"before={MARK}")],
     *[Case("DELETE", f"/v1/cache?model={value}", "validation_error") for value in ("%00", "x" * 257)],
     *[get(f"/v1/webhooks/deliveries?{query}", "validation_error")
       for query in ("object_id=%00", "object_id=" + "x" * 129, "limit=0", f"status={MARK}", "after=1")],

@@ -188,6 +188,11 @@ def test_a_failed_job_is_retried_on_request(stack: Stack) -> None:
         assert (again.status_code, again.json()["error"]) == (202, None)
         ended = client.get(path, params={"wait": 20}).json()
         assert (ended["status"], ended["attempt"]) == ("failed", 3)
+        events = client.get(f"{path}/events").json()["data"]
+        tries = ["job.attempt_started", "job.attempt_ended"] * 3
+        assert [event["type"] for event in events] == ["job.accepted", *tries, "job.retried", *tries, "job.failed"]
+        assert [event["at"] for event in events] == sorted(event["at"] for event in events)
+        assert {event["outcome"] for event in events if "outcome" in event} == {"backend_error"}
         letters = client.get("/v1/jobs", params={"status": "failed"}).json()["data"]
         assert letters[0]["error"]["code"] == "attempts_exhausted"
         assert client.post("/v1/jobs/retry", params={"code": "other"}).json()["retried"] == 0

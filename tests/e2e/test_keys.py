@@ -60,7 +60,7 @@ def test_a_key_does_what_its_scopes_say_and_no_more(
         "submit": [("POST", "/v1/completions"), ("POST", "/v1/jobs"), ("POST", f"/v1/jobs/{nobody}/retry"),
                    ("POST", "/v1/tokenize")],
         "read": [("GET", "/v1/models"), ("GET", "/v1/jobs"), ("GET", f"/v1/jobs/{nobody}/result"), ("GET", "/metrics")],
-        "cancel": [("POST", f"/v1/jobs/{nobody}/cancel"), ("DELETE", "/v1/cache")],
+        "cancel": [("POST", f"/v1/jobs/{nobody}/cancel"), ("DELETE", "/v1/cache"), ("DELETE", "/v1/jobs")],
     }  # fmt: skip
     with stack.client(make(admin, scopes=[scope])["key"]) as client:
         for needed, requests in calls.items():

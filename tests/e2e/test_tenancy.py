@@ -34,7 +34,7 @@ class Address(NamedTuple):
 JOB = [
     Address(method, f"/v1/jobs/{{job}}{rest}", code="job_not_found")
     for method, rest in (
-        ("GET", ""), ("GET", "?wait=1"), ("GET", "/stream"), ("GET", "/stream?starting_after=1"), ("GET", "/explain"),
+        ("GET", ""), ("GET", "?wait=1"), ("GET", "/stream"), ("GET", "/stream?starting_after=1"), ("GET", "/explain"), ("GET", "/events"),
         ("POST", "/cancel"), ("POST", "/retry"), ("DELETE", ""),
     )
 ] + [
@@ -220,5 +220,8 @@ def test_what_is_named_in_a_body_or_a_header_is_the_callers_own(
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "file_not_found")
     assert jobs[0].headers["x-job-id"] != jobs[1].headers["x-job-id"]
     assert stranger.post("/v1/jobs/retry").json()["retried"] == 0
+    owners = len(owner.get("/v1/jobs?limit=100").json()["data"])
+    assert stranger.delete("/v1/jobs").json()["deleted"] <= 2
+    assert len(owner.get("/v1/jobs?limit=100").json()["data"]) == owners
     assert stranger.delete("/v1/cache").json()["removed"] <= 1
     assert stack.query("SELECT 1 FROM response_cache WHERE key = %s", bytes.fromhex(owned.entry))

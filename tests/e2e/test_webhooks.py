@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -276,6 +277,44 @@ def test_jobs_are_filtered_kept_and_deleted_as_asked(stack: Stack) -> None:
             assert client.delete(f"/v1/jobs/{job_id}").json() == {"id": job_id, "object": "job", "deleted": True}
             assert client.get(f"/v1/jobs/{job_id}").status_code == 404
             assert client.delete(f"/v1/jobs/{job_id}").status_code == 404
+
+
+def test_ended_jobs_are_deleted_together(stack: Stack) -> None:
+    with stack.client(stack.create_key("tidy")) as client, stack.client(stack.create_key("untidy")) as other:
+
+        def ended(caller: httpx.Client, endpoint: str) -> str:
+            body = {"endpoint": endpoint, "body": {"model": "echo", "prompt": uuid.uuid4().hex, "temperature": 0}}
+            job_id = str(caller.post("/v1/jobs", json=body).json()["id"])
+            assert caller.get(f"/v1/jobs/{job_id}", params={"wait": 10}).json()["status"] == "succeeded"
+            return job_id
+
+        mine, theirs = [ended(client, "/v1/completions") for _ in range(5)], ended(other, "/v1/completions")
+        slow = {"model": "echo", "prompt": "x", "options": {"first_token_ms": 20_000}}
+        live = client.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": slow}).json()["id"]
+        for query in (
+            {"status": "failed"},
+            {"model": "other"},
+            {"endpoint": "/v1/embeddings"},
+            {"before": 1_000_000_000},
+        ):
+            assert client.delete("/v1/jobs", params=query).json() == {
+                "object": "job.deletion", "deleted": 0, "has_more": False,
+            }  # fmt: skip
+        matching: dict[str, str | int] = {
+            "status": "succeeded",
+            "model": "echo",
+            "before": int(time.time()) + 60,
+            "limit": 2,
+        }
+        first = client.delete("/v1/jobs", params=matching).json()
+        assert first == {"object": "job.deletion", "deleted": 2, "has_more": True}
+        left = [one["id"] for one in client.get("/v1/jobs").json()["data"]]
+        assert left == [live, *mine[:1:-1]], "the oldest went first"
+        assert client.delete("/v1/jobs").json()["deleted"] == 3
+        assert [one["id"] for one in client.get("/v1/jobs").json()["data"]] == [live]
+        assert other.get(f"/v1/jobs/{theirs}").status_code == 200
+        assert stack.query("SELECT count(*) FROM response_cache WHERE tenant = 'tidy'") == [(0,)]
+        client.post(f"/v1/jobs/{live}/cancel")
 
 
 def test_a_batch_tells_of_its_end_in_openais_words(stack: Stack, receiver: Receiver, secret: str) -> None:

@@ -329,7 +329,7 @@ class SimStore:
             self._change_job(oldest)
             oldest.leader_id, oldest.enqueued_at, oldest.num_followers = None, self.now, len(others)
             before = [*oldest.attempts, *self.jobs[leader_id].attempts]
-            oldest.attempts = [*before, {"attempt": 0, "outcome": "took_over"}]
+            oldest.attempts = [*before, {"attempt": 0, "outcome": "took_over", "ended_at": self.now}]
             for row in others:
                 self._change_job(row)
                 row.leader_id = oldest.id

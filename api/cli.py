@@ -105,7 +105,10 @@ def models(as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="echo, cache, vllm, gpt, bert, startup")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Of echo, cache, fairness, limits, eta, batch, vllm, gpt, bert, startup; all without one."),
+    ] = None,
 ) -> None:
     """Run the benchmarks, each beside its peer."""
     raise SystemExit(subprocess.run([sys.executable, "-m", "benchmarks", *(names or [])], check=False).returncode)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [echo] [cache] [fairness] [batch] [vllm] [gpt] [bert] [startup]`: run some benchmarks, or all.
+"""`python -m benchmarks [NAME ...]`: run some benchmarks, or all.
 
 Each runs in a process of its own, one after the other, so none inherits another's memory or threads.
 Figures are medians of repeats, and ratios are between things measured in turns within one run. They
@@ -32,6 +32,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "echo": Benchmark("durable jobs a second and added latency, beside other gateways"),
     "cache": Benchmark("a cache hit beside a bare FastAPI route"),
     "fairness": Benchmark("what one tenant's flood does to another's wait"),
+    "limits": Benchmark("rates kept by four gateway processes beside a perfect limiter"),
+    "eta": Benchmark("the expected time of queued jobs beside the time they took"),
     "batch": Benchmark("50,000 lines through the Batches API, and through a crash"),
     "vllm": Benchmark("vLLM through the queue beside vLLM's own server"),
     "gpt": Benchmark("the GPT backend beside Transformers", ("--repeats", "1", "--skip-serve", "--concurrency", "8")),

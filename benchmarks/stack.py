@@ -22,6 +22,7 @@ import psutil
 
 import catalog
 from db import api_keys, session
+from db.tenants import NO_LIMITS, Limits
 from local import servers, spawn, stack
 from settings import Settings
 
@@ -59,9 +60,9 @@ class Stack:
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"}
 
-    def create_key(self, tenant: str) -> str:
+    def create_key(self, tenant: str, limits: Limits = NO_LIMITS) -> str:
         """The secret of a new API key."""
-        return _key(self.database_url, tenant)
+        return _key(self.database_url, tenant, limits)
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds used so far, by process name."""
@@ -69,10 +70,13 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running(config: str, *, durable: bool = True, env: Mapping[str, str] | None = None) -> Iterator[Stack]:
+def running(
+    config: str, *, durable: bool = True, gateways: int = 1, env: Mapping[str, str] | None = None
+) -> Iterator[Stack]:
     """A stack that serves `config` (the text of a switchyard.yaml), every model ready.
 
-    `durable=False` turns Postgres's fsync off. `env` is added to every process's environment.
+    `durable=False` turns Postgres's fsync off; `gateways` processes share the port; `env` is added to every process's
+    environment.
     """
     home = Path(tempfile.mkdtemp(prefix="switchyard-bench-"))
     with contextlib.ExitStack() as exits:
@@ -82,7 +86,7 @@ def running(config: str, *, durable: bool = True, env: Mapping[str, str] | None 
         file.write_text(config)
         settings = Settings(
             config=file, home=home, models_dir=ROOT / "models", port=servers.free_port(None),
-            database_url=postgres.url, redis_url=valkey.url,
+            database_url=postgres.url, redis_url=valkey.url, gateway_processes=gateways,
         )  # fmt: skip
         made = Stack(settings.port, "", home, postgres.url, {"postgres": postgres.process, "valkey": valkey.process})
         exits.callback(_stop, made, [made.processes[name] for name in ("postgres", "valkey")])
@@ -131,6 +135,7 @@ def _start(made: Stack, settings: Settings, extra: Mapping[str, str]) -> None:
         "SWITCHYARD_CONFIG": str(settings.config),
         "SWITCHYARD_MODELS_DIR": str(settings.models_dir),
         "SWITCHYARD_PORT": str(settings.port),
+        "SWITCHYARD_GATEWAY_PROCESSES": str(settings.gateway_processes),
         **extra,
     }
     for spec in stack.plan(settings, declared, urls):
@@ -178,11 +183,11 @@ def _wait(made: Stack, declared: catalog.Catalog) -> None:
         time.sleep(0.05)
 
 
-def _key(database_url: str, tenant: str) -> str:
+def _key(database_url: str, tenant: str, limits: Limits = NO_LIMITS) -> str:
     connection = session.connect(database_url, "switchyard-bench")
     try:
         with connection.cursor() as cursor:
-            secret, _ = api_keys.create(cursor, "bench", tenant)
+            secret, _ = api_keys.create(cursor, "bench", tenant, limits=limits)
     finally:
         connection.close()
     return secret

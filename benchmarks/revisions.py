@@ -64,7 +64,9 @@ def main() -> None:
                     contender.closed_loop(CONCURRENCY, seconds)
                     contender.open_loop(RATE, seconds * 1.6)
     for kind in ("miss", "hit"):
-        made.add(_table(kind, [(side.name, getattr(side, kind)) for side in sides], repeats))
+        contenders = [(side.name, getattr(side, kind)) for side in sides]
+        made.add(_table(kind, contenders, repeats))
+        made.add(_cpu_table(kind, contenders))
     made.save(args.json)
 
 
@@ -135,6 +137,19 @@ def _table(kind: str, contenders: list[tuple[str, Contender]], repeats: int) -> 
         f"a change may cost {ALLOWED} %",
     )
     return report.Table(f"Echo backend, 0 ms, {kind}", columns, rows, notes)
+
+
+def _cpu_table(kind: str, contenders: list[tuple[str, Contender]]) -> report.Table:
+    closed = f"{CONCURRENCY} callers"
+    names = list(dict.fromkeys(name for _, one in contenders for name in one.cpu_ms[closed][0]))
+    rows: list[tuple[report.Cell, ...]] = [
+        (
+            side,
+            *[report.median(one.cpu_ms_of(closed, name)) if name in one.cpu_ms[closed][0] else None for name in names],
+        )
+        for side, one in contenders
+    ]
+    return report.Table(f"CPU milliseconds a {kind} by process, {closed}", ("", *names), rows)
 
 
 def _ratio(mine: list[float], others: list[float]) -> str:

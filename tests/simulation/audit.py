@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from db.accept import Idempotency
 from db.job_views import Outcome
 from db.jobs import Claimed, Ended, Finished
 from db.models import RETRYABLE, TERMINAL, TRANSITIONS, JobStatus
@@ -50,6 +51,10 @@ class Audit:
         self.observed: dict[uuid.UUID, tuple[JobStatus, bytes | None]] = {}
         self.lives: dict[int, Life] = {}
         """Who is alive by what it was answered, and by the true clock."""
+        self.key_of: dict[tuple[uuid.UUID, str], tuple[uuid.UUID, bytes]] = {}
+        """The job and the request that each Idempotency-Key was said to stand for."""
+        self.under: dict[tuple[uuid.UUID, str], set[uuid.UUID]] = {}
+        """The jobs that requests with that key would make."""
         self.transitions: Counter[str] = Counter()
         self.checked: Counter[str] = Counter()
 
@@ -65,6 +70,15 @@ class Audit:
     def promise(self, job_id: uuid.UUID) -> None:
         """A caller was told that the job is accepted."""
         self.promised.add(job_id)
+
+    def ask(self, key: Idempotency, job_id: uuid.UUID) -> None:
+        """A request with an Idempotency-Key is on its way, and may make this job."""
+        self.under.setdefault((key.api_key_id, key.key), set()).add(job_id)
+
+    def keyed(self, key: Idempotency, job_id: uuid.UUID) -> None:
+        """A caller was told that its key stands for the job."""
+        known = self.key_of.setdefault((key.api_key_id, key.key), (job_id, key.fingerprint))
+        self._hold("I7", known == (job_id, key.fingerprint), "{} stood for {} and stands for {}", key, known, job_id)
 
     def cancel(self, job_id: uuid.UUID) -> None:
         """A caller was told that the job is cancelled."""
@@ -117,6 +131,11 @@ class Audit:
         rows, results = self._store.jobs, self._store.results
         for job_id in self.promised:
             self._hold("I1", job_id in rows, "{} was promised and is not in the ledger", job_id)
+        for name, job_ids in self.under.items():
+            made = job_ids & rows.keys()
+            self._hold("I7", len(made) <= 1, "{} made {}", name, made)
+        for name, (job_id, _) in self.key_of.items():
+            self._hold("I7", job_id in self.under[name], "{} stands for {}, which nobody asked for", name, job_id)
         for row in rows.values():
             self._hold("I1", row.status in TERMINAL, "{} never ended: {}", row.id, row)
             self._hold("I20", is_quiet, "the world did not come to rest")
@@ -152,7 +171,9 @@ class Audit:
             raise Violation("I1", f"{name} made {job_id} vanish")
         now = self._record(row)
         if record is None:
-            self._hold("I1", name == "insert" and now.status is JobStatus.QUEUED, "{} made {}", name, row)
+            self._hold(
+                "I1", name in ("insert", "insert_once") and now.status is JobStatus.QUEUED, "{} made {}", name, row
+            )
             self.transitions["new->queued"] += 1
         elif name == "retry":
             self._hold("I2", record.status in RETRYABLE, "{} was retried", record)
@@ -244,6 +265,6 @@ def _num_deaths(attempts: Sequence[dict[str, Any]]) -> int:
     return sum(attempt["outcome"] in DEATHS for attempt in attempts)
 
 
-_UNMOVING = frozenset({"insert", "find_unsent", "hand_over"})
+_UNMOVING = frozenset({"insert", "insert_once", "find_unsent", "hand_over"})
 """Statements that leave a job that is there as it stands."""
 _OF_WORKERS = frozenset({"register", "heartbeat", "leave", "bury"})

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from db.accept import NewJob
+from db.accept import Idempotency, NewJob, Reserved
 from db.jobs import Ended, Finished
 from db.models import JobStatus
 from db.workers import Heartbeat
 from tasks import reconciler
 from tests.simulation.store import JobRow, SimStore, WorkerRow
-from tests.simulation.world import Client, Gateway, Parts, Reconciler, Worker
+from tests.simulation.world import Client, Gateway, Lane, Parts, Reconciler, Worker
 
 
 class DropRow(SimStore):
@@ -71,9 +71,9 @@ class ProcessClock(SimStore):
 
 
 class EnqueueBeforeCommit(Gateway):
-    async def accept(self, job: NewJob, is_promised: bool) -> None:
+    async def accept(self, job: NewJob, is_promised: bool) -> uuid.UUID | None:
         self.kernel.product.inference.enqueue(self.outbox, [(job.id, job.backend, job.task)])
-        await super().accept(job, is_promised)
+        return await super().accept(job, is_promised)
 
 
 class AcceptBeforeCommit(Gateway):
@@ -211,8 +211,36 @@ class ResultLost(SimStore):
 class RelaxedPromise(Gateway):
     """A job is promised whose row a crash of Postgres can take back."""
 
-    async def accept(self, job: NewJob, is_promised: bool) -> None:
-        await super().accept(job, is_promised=False)
+    async def accept(self, job: NewJob, is_promised: bool) -> uuid.UUID | None:
+        return await super().accept(job, is_promised=False)
+
+
+class KeyNotCompared(Gateway):
+    """Whatever is asked under a known key gets the job of the first request."""
+
+    def compared(self, held: Reserved, key: Idempotency) -> uuid.UUID | None:
+        return held.job_id
+
+
+class KeyApart(Gateway):
+    """The key is stored, and then its job."""
+
+    async def main(self) -> None:
+        await super().main()
+        self._holds = Lane(self, "hold_keys", read=lambda held: next(iter(held.values())))
+
+    async def insert_once(self, key: Idempotency, job: NewJob) -> Reserved:
+        job_id, fingerprint = await self._holds.submit((key, job.id))
+        inserted = await self._durable_inserts.submit(job) if job_id == job.id else None
+        return Reserved(job_id, fingerprint, inserted)
+
+
+class KeyOverwritten(SimStore):
+    """The last request has the key, not the first."""
+
+    def _hold_key(self, one: Idempotency, job_id: uuid.UUID) -> None:
+        self.keys.pop((one.api_key_id, one.key), None)
+        super()._hold_key(one, job_id)
 
 
 class RelaxedEnds(SimStore):
@@ -299,8 +327,8 @@ MUTANTS: dict[str, Parts] = {
         "store": (DropRow, SecondCompletion, Unfenced, NoAttemptsCap, ProcessClock, CancelNotFinal, FencedByAttempt, FencedByRunAlone,
                   UnfencedEnd, EndAfterTheEnd, ClaimOfTheRunning, ClaimOfTheLate, ClaimByTheDead,
                   RescueOfTheEnded, ExpiryOfTheEnded, LeasesNeverEnd, LocksBelievedAtOnce, ResultLost, RelaxedEnds,
-                  SuspectsInCompany, FollowersForgotten, NobodyTakesOver, EndsWithItsLeader, FollowersRun),
-        "gateway": (EnqueueBeforeCommit, AcceptBeforeCommit, RelaxedPromise),
+                  SuspectsInCompany, KeyOverwritten, FollowersForgotten, NobodyTakesOver, EndsWithItsLeader, FollowersRun),
+        "gateway": (EnqueueBeforeCommit, AcceptBeforeCommit, RelaxedPromise, KeyNotCompared, KeyApart),
         "worker": (NewsBeforeStore, ReleaseUncounted, GateLeftOpen),
         "reconciler": (AckBeforeStore,),
     }.items()

@@ -15,13 +15,13 @@ FAULTS = frozenset({
     "statement_lost", "statement_late", "answer_lost", "redis_answer_lost", "statement_outlived_its_process", "lane_down",
     "message_dropped", "message_doubled", "message_delayed", "message_reordered", "message_redelivered", "poison",
     "worker_died_by_itself", "run_stopped", "fenced_result", "submission_refused", "cancelled_as_it_ended",
-    "session_timed_out", "suspect_alone",
+    "session_timed_out", "suspect_alone", "key_replayed", "key_of_another_request",
 })  # fmt: skip
 TRANSITIONS = frozenset({
     "new->queued", "queued->running", "queued->cancelled", "queued->expired", "running->queued", "running->succeeded",
     "running->failed", "running->cancelled", "running->expired", "queued->succeeded", "queued->failed", "failed->queued", "expired->queued",
 })  # fmt: skip
-INVARIANTS = frozenset({"I1", "I2", "I5", "I6", "I17", "I18", "I19", "I20", "news", "message", "alone", "flight"})
+INVARIANTS = frozenset({"I1", "I2", "I5", "I6", "I7", "I17", "I18", "I19", "I20", "news", "message", "alone", "flight"})
 _CHUNK = 100
 
 

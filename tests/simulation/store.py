@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 
-from db.accept import Inserted, NewJob
+from db.accept import Idempotency, Inserted, NewJob, Reserved
 from db.job_views import Depth, Outcome
 from db.jobs import Claimed, Ended, Finished, Owned, Suspect
 from db.models import RETRYABLE, TERMINAL, JobStatus
@@ -102,10 +102,27 @@ class WorkerRow:
         return WorkerRow(*_FIELDS_OF_WORKER(self))
 
 
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """What an Idempotency-Key stands for."""
+
+    job_id: uuid.UUID
+    fingerprint: bytes
+    expires_at: float
+
+    def snapshot(self) -> "KeyRow":
+        return self
+
+
+KEY_TTL_S = 24 * 3600.0
+
 # `copy.copy` of a record with slots takes ten times as long, and every statement takes snapshots.
 _FIELDS_OF_JOB = operator.attrgetter(*(one.name for one in fields(JobRow)))
 _FIELDS_OF_WORKER = operator.attrgetter(*(one.name for one in fields(WorkerRow)))
 _BY_ID = operator.attrgetter("job.id.int")
+
+_Place = uuid.UUID | int | tuple[uuid.UUID, str]
+"""Of a row: a job's id, a worker's, or a key with its owner."""
 
 
 class SimStore:
@@ -119,6 +136,7 @@ class SimStore:
         self.results: dict[uuid.UUID, ResultRow] = {}
         self.cache: dict[bytes, CacheRow] = {}
         self.workers: dict[int, WorkerRow] = {}
+        self.keys: dict[tuple[uuid.UUID, str], KeyRow] = {}
         self.locks: dict[Hashable, object] = {}
         """Advisory locks: key → the session that holds it."""
         self.changed: list[uuid.UUID] = []
@@ -129,7 +147,7 @@ class SimStore:
         self._session: object = None
         self._is_durable = True
         self._num_statements = 0
-        self._undo: list[tuple[int, uuid.UUID | int, JobRow | WorkerRow | None]] = []
+        self._undo: list[tuple[int, _Place, JobRow | WorkerRow | KeyRow | None]] = []
 
     def begin(self, session: object, *, is_durable: bool = True, caller_now: float = 0.0) -> None:
         """The next statement is this session's."""
@@ -144,6 +162,32 @@ class SimStore:
             if job.id not in self.jobs:
                 self._add(job)
         return [self._inserted(self.jobs[job.id]) for job in jobs]
+
+    def insert_once(self, wanted: Sequence[tuple[Idempotency, NewJob]]) -> list[Reserved]:
+        for one, job in wanted:
+            self._hold_key(one, job.id)
+        mine = [job for one, job in wanted if self.keys[one.api_key_id, one.key].job_id == job.id]
+        made = {one.id: one for one in self.insert(mine)}
+        answers = []
+        for one, job in wanted:
+            held = self.keys[one.api_key_id, one.key]
+            answers.append(Reserved(held.job_id, held.fingerprint, made.get(job.id) if held.job_id == job.id else None))
+        return answers
+
+    def find_key(self, wanted: Sequence[tuple[uuid.UUID, str]]) -> list[Reserved | None]:
+        found = [self.keys.get(one) for one in wanted]
+        return [
+            None if held is None or held.expires_at <= self.now else Reserved(held.job_id, held.fingerprint, None)
+            for held in found
+        ]
+
+    def hold_keys(
+        self, wanted: Sequence[tuple[Idempotency, uuid.UUID]]
+    ) -> dict[tuple[uuid.UUID, str], tuple[uuid.UUID, bytes]]:
+        for one, job_id in wanted:
+            self._hold_key(one, job_id)
+        held = {(one.api_key_id, one.key): self.keys[one.api_key_id, one.key] for one, _ in wanted}
+        return {name: (row.job_id, row.fingerprint) for name, row in held.items()}
 
     def claim(self, wanted: Sequence[tuple[uuid.UUID, int]]) -> list[Claimed | Suspect | None]:
         claimed = self._claim(wanted, takes_suspects=False)
@@ -386,7 +430,9 @@ class SimStore:
         first = rng.choice(self._undo)[0] if self._undo and rng.random() < 0.7 else math.inf
         while self._undo and self._undo[-1][0] >= first:
             _, key, before = self._undo.pop()
-            table: dict[Any, Any] = self.jobs if isinstance(key, uuid.UUID) else self.workers
+            table: dict[Any, Any] = (
+                self.jobs if isinstance(key, uuid.UUID) else self.workers if isinstance(key, int) else self.keys
+            )
             if before is None:
                 table.pop(key, None)
             else:
@@ -460,6 +506,13 @@ class SimStore:
             row.leader_id, row.flight_id = leader.id, leader.flight_id or leader.id
         self._change_job(row)
         self.jobs[job.id] = row
+
+    def _hold_key(self, one: Idempotency, job_id: uuid.UUID) -> None:
+        name = one.api_key_id, one.key
+        held = self.keys.get(name)
+        if held is None or held.expires_at <= self.now:
+            self._remember(name, held)
+            self.keys[name] = KeyRow(job_id, one.fingerprint, self.now + KEY_TTL_S)
 
     def _live_with(self, key: bytes | None) -> JobRow | None:
         if key is None:
@@ -568,7 +621,7 @@ class SimStore:
     def _change_worker(self, worker_id: int) -> None:
         self._remember(worker_id, self.workers.get(worker_id))
 
-    def _remember(self, key: uuid.UUID | int, before: JobRow | WorkerRow | None) -> None:
+    def _remember(self, key: "_Place", before: JobRow | WorkerRow | KeyRow | None) -> None:
         if self._is_durable:
             self._undo.clear()
         else:

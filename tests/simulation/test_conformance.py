@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from db import accept, flights, job_views, jobs, recovery, session, workers
-from db.accept import NewJob
+from db.accept import Idempotency, NewJob
 from db.jobs import Ended, Finished, Suspect
 from db.session import Cursor
 from db.workers import Heartbeat
@@ -32,15 +32,17 @@ TIMESTAMPS = {
     "jobs": "created_at enqueued_at started_at first_token_at finished_at deadline_at",
     "workers": "started_at ready_at heartbeat_at lease_until",
     "response_cache": "created_at last_hit_at expires_at",
+    "idempotency_keys": "expires_at",
 }
 JOBS = [uuid.UUID(int=number) for number in range(1, 6)]
+API_KEY = uuid.UUID(int=1)
 
 
 class Ledgers:
     """Postgres and SimStore side by side."""
 
     def __init__(self, cursor: Cursor) -> None:
-        cursor.execute("TRUNCATE jobs, job_results, workers, response_cache RESTART IDENTITY")
+        cursor.execute("TRUNCATE jobs, job_results, workers, response_cache, idempotency_keys RESTART IDENTITY")
         cursor.execute("SELECT pg_advisory_unlock_all()")
         self.cursor = cursor
         self.store = SimStore()
@@ -93,12 +95,17 @@ class Ledgers:
                          *map(self._date, (row.ready_at, row.heartbeat_at, row.lease_until))]
                 for number, row in self.store.workers.items()
             },
+            "idempotency_keys": {
+                name: [row.job_id, row.fingerprint, self._date(row.expires_at)]
+                for (_, name), row in self.store.keys.items()
+            },
         }  # fmt: skip
         theirs = {
             "jobs": self._read("id, status, attempt, worker_id, attempts, usage, error, timings, tenant, backend, payload,"
                                "cache_verdict, coalesce_key, leader_id, flight_id, num_followers, created_at, enqueued_at, started_at, first_token_at, finished_at, deadline_at", "jobs"),
             "job_results": self._read("job_id, body, sha256, events", "job_results"),
             "response_cache": self._read("key, job_id, body, usage, created_at, expires_at", "response_cache"),
+            "idempotency_keys": self._read("key, job_id, fingerprint, expires_at", "idempotency_keys"),
             "workers": self._read("id, name, backend, state, ready_at, heartbeat_at, lease_until", "workers"),
         }  # fmt: skip
         for row in theirs["jobs"].values():
@@ -454,6 +461,25 @@ def what_failed_is_retried(ledgers: Ledgers) -> None:
     assert ledgers.call("finish", [result(0, life), result(0, life, 2), result(3, life)]) == [None, 2, None]
 
 
+def keyed(key: str, fingerprint: bytes, number: int) -> tuple[Idempotency, NewJob]:
+    return Idempotency(API_KEY, key, fingerprint), new(number)
+
+
+@scenario
+def a_key_makes_one_job(ledgers: Ledgers) -> None:
+    assert ledgers.call("find_key", [(API_KEY, "a")]) == [None]
+    assert ledgers.call("insert_once", [keyed("a", b"1", 0), keyed("b", b"2", 1)])[0].job_id == JOBS[0]
+    again = ledgers.call("insert_once", [keyed("a", b"1", 0), keyed("b", b"2", 2)])
+    assert [(one.job_id, one.inserted is None) for one in again] == [(JOBS[0], False), (JOBS[1], True)]
+    ledgers.call("insert_once", [keyed("c", b"3", 3), keyed("c", b"4", 4)])
+    ledgers.call("find_key", [(API_KEY, "a"), (API_KEY, "x"), (uuid.UUID(int=99), "a"), (API_KEY, "c")])
+    ledgers.wait(86_000)
+    assert ledgers.call("find_key", [(API_KEY, "a")])[0].job_id == JOBS[0]
+    ledgers.wait(1_000)
+    assert ledgers.call("find_key", [(API_KEY, "a")]) == [None]
+    assert ledgers.call("insert_once", [keyed("a", b"5", 4)])[0].job_id == JOBS[4]
+
+
 @scenario
 def the_stranded_move(ledgers: Ledgers) -> None:
     ledgers.call("insert", [new(0, coalesce_key=b"k"), new(1)])
@@ -510,6 +536,9 @@ claims = st.tuples(some(numbers, lambda number: number), lives).map(
 # What makes work comes up often: without it most statements meet a ledger in which nothing runs.
 steps = st.one_of(
     st.tuples(st.just("insert"), some(inserted, lambda job: job.id, lambda job: job.coalesce_key or job.id)),
+    st.tuples(st.just("insert_once"), some(st.builds(keyed, st.sampled_from("abc"), st.sampled_from([b"1", b"2"]), numbers),
+                                           lambda pair: pair[0].key, lambda pair: pair[1].id)),
+    st.tuples(st.just("find_key"), st.just([(API_KEY, "a"), (API_KEY, "b")])),
     *[st.tuples(st.just("claim"), claims)] * 3,
     *[st.tuples(st.just("finish"), some(finishes, lambda one: one.id))] * 2,
     *[st.tuples(st.just("end"), some(endings, lambda one: one.id))] * 2,

@@ -10,7 +10,7 @@ from tests.simulation.mutants import MUTANTS
 from tests.simulation.runner import Tally, play, play_all, trace
 
 ROOT = Path(__file__).parents[2]
-NUM_SCHEDULES = 4_000
+NUM_SCHEDULES = 10_000
 """`make simulate` plays more."""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import psycopg2
 
-from db.accept import Inserted, NewJob
+from db.accept import Idempotency, Inserted, NewJob, Reserved
 from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from db.workers import Heartbeat
@@ -47,6 +47,7 @@ CONFIG = Settings.model_construct(
 )
 MAX_JOBS = 10
 SILENCE_S = reconciler._LONGEST_SILENCE * CONFIG.sweep_s
+_API_KEYS = {tenant: uuid.UUID(int=number) for number, tenant in enumerate("ab", 1)}
 SETTLE_S = 120.0
 """With faults off, everything ends within this."""
 KINDS = ("quick", "quick", "quick", "slow", "slow", "flaky", "flaky", "broken", "invalid", "poison")
@@ -254,6 +255,7 @@ class Client:
     polls: list[float] = field(default_factory=list)
     cancels_after: float | None = None
     retries: list[float] = field(default_factory=list)
+    key: Idempotency | None = None
 
 
 class Gateway(Process):
@@ -265,6 +267,8 @@ class Gateway(Process):
         self.outbox = Outbox(self)
         self._durable_inserts = Lane(self, "insert")
         self._relaxed_inserts = Lane(self, "insert", is_durable=False)
+        self._keyed_inserts = Lane(self, "insert_once")
+        self._keys = Lane(self, "find_key")
         self._outcomes = Lane(self, "outcome")
         self._ended = Lane(self, "ended")
         self._cancels = Lane(self, "cancel")
@@ -275,20 +279,48 @@ class Gateway(Process):
 
     async def submit(self, client: Client) -> None:
         try:
-            await self.accept(client.job, client.is_promised)
+            job_id = await (self.accept_once(client) if client.key else self.accept(client.job, client.is_promised))
         except LaneDown:
             self.kernel.count("submission_refused")
             return
+        if job_id is None:
+            self.kernel.count("key_of_another_request")
+            return
         await Sleep(0.0)  # the answer's way to the caller
+        if client.key is not None:
+            self.kernel.audit.keyed(client.key, job_id)
         if client.is_promised:
-            self.kernel.audit.promise(client.job.id)
-            self.kernel.follow(client)
+            self.kernel.audit.promise(job_id)
+            self.kernel.follow(client, job_id)
         else:
-            await self.wait(client.job.id)
+            await self.wait(job_id)
 
-    async def accept(self, job: NewJob, is_promised: bool) -> None:
+    async def accept(self, job: NewJob, is_promised: bool) -> uuid.UUID | None:
         inserts = self._durable_inserts if is_promised else self._relaxed_inserts
-        inserted: Inserted = await inserts.submit(job)
+        self.enqueue(job, await inserts.submit(job))
+        return job.id
+
+    async def accept_once(self, client: Client) -> uuid.UUID | None:
+        """The job that the key stands for; None where it stands for another request's."""
+        key, job = client.key, client.job
+        assert key is not None
+        held: Reserved | None = await self._keys.submit((key.api_key_id, key.key))
+        if held is None:
+            held = await self.insert_once(key, job)
+            if held.inserted is not None:
+                self.enqueue(job, held.inserted)
+                return job.id
+        self.kernel.count("key_replayed")
+        return self.compared(held, key)
+
+    async def insert_once(self, key: Idempotency, job: NewJob) -> Reserved:
+        reserved: Reserved = await self._keyed_inserts.submit((key, job))
+        return reserved
+
+    def compared(self, held: Reserved, key: Idempotency) -> uuid.UUID | None:
+        return held.job_id if held.fingerprint == key.fingerprint else None
+
+    def enqueue(self, job: NewJob, inserted: Inserted) -> None:
         if inserted.leader_id is None:
             self.kernel.product.inference.enqueue(self.outbox, [(job.id, job.backend, job.task)])
 
@@ -587,18 +619,18 @@ class World(Kernel):
         finally:
             self.close()
 
-    def follow(self, client: Client) -> None:
+    def follow(self, client: Client, job_id: uuid.UUID) -> None:
         """What a caller does once its job is accepted."""
         for after in client.polls:
-            self.later(after, lambda: self._ask(lambda gateway: gateway.read(client.job.id)))
+            self.later(after, lambda: self._ask(lambda gateway: gateway.read(job_id)))
         if client.cancels_after is not None:
             self.later(
                 client.cancels_after,
-                lambda: self._ask(lambda gateway: gateway.cancel(client.job.id, client.job.tenant)),
+                lambda: self._ask(lambda gateway: gateway.cancel(job_id, client.job.tenant)),
             )
 
         for after in client.retries:
-            self.later(after, lambda: self._ask(lambda gateway: gateway.retry(client.job.id, client.job.tenant)))
+            self.later(after, lambda: self._ask(lambda gateway: gateway.retry(job_id, client.job.tenant)))
 
     def after_statement(self, name: str, arguments: tuple[Any, ...], answer: Any) -> None:
         if name == "finish" and None in answer:
@@ -651,23 +683,39 @@ class World(Kernel):
             process.sessions.clear()
 
     def _arrive(self) -> None:
+        """A new request, and where it has a key, the same again, or another by mistake, sooner or later."""
+        rng = self.rng
+        kind, tenant = rng.choice(KINDS).encode(), rng.choice("ab")
+        if rng.random() < 0.85:
+            self._send(kind, tenant, None)
+            return
+        key = Idempotency(_API_KEYS[tenant], f"k{self._num_jobs}", kind)
+        self._send(kind, tenant, key)
+        for _ in range(rng.choice((1, 2))):
+            other = b"other" if rng.random() < 0.2 else kind
+            again = functools.partial(self._send, kind, tenant, Idempotency(key.api_key_id, key.key, other))
+            self.later(rng.random() * rng.choice((0.2, 6)), again)
+
+    def _send(self, kind: bytes, tenant: str, key: Idempotency | None) -> None:
         rng = self.rng
         self._num_jobs += 1
-        kind = rng.choice(KINDS).encode()
         job = NewJob(
             id=uuid.UUID(int=rng.getrandbits(32) << 8 | self._num_jobs),
-            tenant=rng.choice("ab"), api_key_id=None, request_id="r", endpoint="/v1/completions", task="generate",
+            tenant=tenant, api_key_id=None, request_id="r", endpoint="/v1/completions", task="generate",
             requested_model="m", model="m", model_revision="1", backend=rng.choice(self.backends), is_stream=False,
             payload=kind, metadata=None, decision="{}", cache_verdict="MISS", cache_key=None,
             cache_ttl_s=None, is_cache_refresh=False, prompt_tokens=1, timings="{}",
             timeout_s=rng.choice((None, None, None, 2.0, 10.0)),
             coalesce_key=kind if rng.random() < 0.5 else None,
         )  # fmt: skip
-        client = Client(job, is_promised=rng.random() < 0.7)
+        # A request with a key is on the disk before its answer, whoever waits for it.
+        client = Client(job, is_promised=key is not None or rng.random() < 0.7, key=key)
         client.polls = [rng.random() * 8 for _ in range(rng.choice((0, 1, 2)))]
         if rng.random() < 0.25:
             client.cancels_after = rng.random() * rng.choice((1, 6))
         client.retries = [rng.random() * 12 for _ in range(rng.choice((0, 0, 1, 3, 8)))]
+        if key is not None:
+            self.audit.ask(key, job.id)
         self._ask(lambda gateway: gateway.submit(client))
 
     def _ask(self, request: Callable[[Gateway], Any]) -> None:

@@ -51,7 +51,7 @@ def create_app() -> FastAPI:
     app = FastAPI(title="Switchyard", version=VERSION, lifespan=_lifespan, docs_url="/docs", redoc_url=None)
     for family in (inference, responses, messages, tei, jobs, files, batches, webhooks, models, cache, usage):
         app.include_router(family.router)
-    for more in (models.aliases, tei.descriptions, admin.router, health.router):
+    for more in (inference.aliases, models.aliases, tei.descriptions, admin.router, health.router):
         app.include_router(more)
     errors.install(app, error_forms.FORMS)
     app.add_middleware(RequestLog)

@@ -8,6 +8,7 @@ from api import answers, auth, schemas
 from db.api_keys import ApiKey
 
 router = APIRouter(prefix="/v1", tags=["inference"], route_class=auth.CallerRoute)
+aliases = APIRouter(tags=["inference"], route_class=auth.CallerRoute)
 
 Caller = Annotated[ApiKey, Depends(auth.authenticate)]
 
@@ -39,6 +40,12 @@ async def classify(request: Request, caller: Caller) -> Response:
 @router.post("/rerank", openapi_extra=schemas.openapi_extra("/v1/rerank"))
 async def rerank(request: Request, caller: Caller) -> Response:
     """Documents by relevance to a query."""
+    return await answers.infer(request, "/v1/rerank", caller)
+
+
+@aliases.post("/v2/rerank", openapi_extra=schemas.openapi_extra("/v1/rerank"), operation_id="rerank_alias")
+async def rerank_as_cohere(request: Request, caller: Caller) -> Response:
+    """`/v1/rerank` under the path that Cohere's clients use."""
     return await answers.infer(request, "/v1/rerank", caller)
 
 

@@ -48,6 +48,14 @@ def test_a_score_is_a_job_like_any_other(stack: Stack) -> None:
     assert (pairs.status_code, pairs.json()["error"]["code"]) == (400, "invalid_request")
 
 
+def test_coheres_path_ranks_as_ours_does(stack: Stack) -> None:
+    asked = {"model": "echo", "query": "ab", "documents": ["x", "a", "ba"]}
+    with stack.client() as client:
+        first, second = (client.post(path, json=asked) for path in ("/v1/rerank", "/v2/rerank"))
+    assert (second.headers["x-cache"], second.content) == ("HIT", first.content)
+    assert [one["index"] for one in second.json()["results"]] == [2, 1, 0]
+
+
 def test_routes_of_text_embeddings_inference(stack: Stack) -> None:
     with stack.client() as client:
 

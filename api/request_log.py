@@ -69,7 +69,7 @@ def _account(scope: Scope, entry: Entry, seconds: float) -> None:
     child(metrics.REQUESTS, route, method, str(entry.status_code)).inc()
     if entry.error_code:
         child(metrics.ERRORS, route, entry.error_code).inc()
-    if not route.startswith(("/v1/", "/admin/")) and route not in ENDPOINTS:
+    if not route.startswith(("/v1/", "/v2/", "/admin/")) and route not in ENDPOINTS:
         return
     entry.endpoint, entry.duration_ms = route, seconds * 1000
     if entry.cache_verdict:

@@ -358,6 +358,10 @@ def test_every_status_is_final_or_leads_somewhere() -> None:
     "SELECT id FROM jobs WHERE status = 'running' AND worker_id = ANY(ARRAY[1])",
     "SELECT id FROM jobs WHERE backend = 'echo' AND status = 'queued' ORDER BY created_at LIMIT 10",
     "SELECT id FROM jobs WHERE tenant = 't' ORDER BY created_at DESC, id DESC LIMIT 20",
+    "SELECT id, tenant FROM jobs WHERE finished_at IS NOT NULL AND tenant = 't1' ORDER BY finished_at LIMIT 1000",
+    """SELECT count(*) FROM jobs o WHERE o.backend = 'echo' AND o.status = 'queued' AND o.leader_id IS NULL
+       AND (coalesce(array_position(ARRAY['batch'], o.decision ->> 'level'), 1), o.created_at, o.id)
+           < (1, now(), gen_random_uuid())""",
     "SELECT id FROM jobs WHERE finished_at < now() - interval '1 day' ORDER BY finished_at LIMIT 10",
 ])  # fmt: skip
 def test_hot_statements_use_an_index(cursor: Cursor, statement: str) -> None:

@@ -57,7 +57,7 @@ class Keys:
 async def authenticate(request: Request) -> ApiKey:
     """The caller of a request. Every public route but the health checks depends on this."""
     key = await _caller(request)
-    scope = needed_scope(request.method, request.url.path)
+    scope = needed_scope(request.method, request.scope["path"])
     if scope not in key.scopes:
         raise errors.Forbidden(f"This API key lacks the scope `{scope}`.")
     return key

@@ -11,7 +11,7 @@ import re
 from typing import Any, NoReturn
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from api import errors
 from catalog import LimitsEntry
@@ -28,20 +28,31 @@ _CONTAINERS = frozenset((dict, list))
 
 async def read_body(request: Request, limits: LimitsEntry) -> bytes:
     """The raw JSON body. Never holds more than `limits.body_bytes` of it."""
-    headers = request.headers
-    if headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise errors.UnsupportedContentEncoding()
-    if not _is_json(headers.get("content-type", "")):
+    content_type = declared = b""
+    for name, value in request.headers.raw:
+        if name == b"content-type":
+            content_type = content_type or value
+        elif name == b"content-length":
+            declared = value
+        elif name == b"content-encoding" and value.strip().lower() != b"identity":
+            raise errors.UnsupportedContentEncoding()
+    if not _is_json(content_type):
         raise errors.UnsupportedMediaType()
-    declared = headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 15 or int(declared) > limits.body_bytes):
+    if declared.isdigit() and (len(declared) > 15 or int(declared) > limits.body_bytes):
         raise _too_large(limits)
-    body = bytearray()
-    async for piece in request.stream():
-        if len(body) + len(piece) > limits.body_bytes:
+    pieces: list[bytes] = []
+    left = limits.body_bytes
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        piece: bytes = message.get("body", b"")
+        left -= len(piece)
+        if left < 0:
             raise _too_large(limits)
-        body += piece
-    return bytes(body)
+        if not message.get("more_body", False):
+            return b"".join([*pieces, piece]) if pieces else piece
+        pieces.append(piece)
 
 
 def decode(body: bytes, limits: LimitsEntry) -> dict[str, Any]:
@@ -71,8 +82,8 @@ def decode(body: bytes, limits: LimitsEntry) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _is_json(content_type: str) -> bool:
-    media_type, _, parameters = content_type.lower().partition(";")
+def _is_json(content_type: bytes) -> bool:
+    media_type, _, parameters = content_type.decode("latin-1").lower().partition(";")
     charset = parameters.replace(" ", "").replace('"', "").strip(";")
     return media_type.strip() == "application/json" and charset in {"", "charset=utf-8", "charset=utf8"}
 

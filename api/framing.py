@@ -60,11 +60,13 @@ class Framing(HttpToolsProtocol):
 
     def _check_head(self) -> None:
         """Raises ValueError, which makes the parser refuse the request."""
-        num_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        num_bytes, num_hosts = len(self.url), 0
+        for name, value in self.headers:
+            num_bytes += len(name) + len(value)
+            num_hosts += name == b"host"
         if num_bytes > MOST_HEAD_BYTES or len(self.headers) > MOST_HEADERS:
             self._refusal = errors.HeadersTooLarge
             raise ValueError("the head is too large")
         version = self.parser.get_http_version()
-        num_hosts = sum(name == b"host" for name, _ in self.headers)
         if version == "0.9" or num_hosts > 1 or (version == "1.1" and not num_hosts):
             raise ValueError("the request has no version, or not one host")

@@ -191,7 +191,8 @@ class Gateway:
         assert decision.chosen is not None
         ready = tokenised[decision.chosen.model]
         assert isinstance(ready, Call)
-        ready = replace(ready, model=decision.chosen.model)
+        if ready.model != decision.chosen.model:
+            ready = replace(ready, model=decision.chosen.model)
         if keys[ready.model] in self._quarantined:
             raise errors.Quarantined()
         await self.rate_limits.take(caller, ready.most_tokens)
@@ -418,15 +419,13 @@ class Gateway:
                   for name, load in self.loads.items()}  # fmt: skip
         first = {name: 0 for name, level in levels.items() if level is Level.WITHIN_SHARE}
         decision = router.choose(served, call, tokenised, self.loads, can_wait=wish.is_async, crowded=crowded,
-                                 ahead=first, within_ms=self._left_ms(caller, wish))  # fmt: skip
+                                 ahead=first, within_ms=self._left_ms(caller, wish), levels=levels)  # fmt: skip
         if decision.chosen is None:
             raise refusals.of(decision, mistakes)
         asked = call.model if call.model == "auto" else decision.candidates[0].model
         backend = decision.chosen.backend
         metrics.child(metrics.ROUTER_CHOICES, asked, decision.chosen.model, backend).inc()
-        slots = self.loads.get(backend, Load()).slots
-        level = self._shares.level(backend, tenant, wish.priority, slots, weight)
-        return replace(decision, level=level)
+        return decision
 
     def _left_ms(self, caller: ApiKey, wish: Wish) -> float | None:
         """How long a job's deadline leaves it, by Postgres's clock. None for a batch's lines: they
@@ -534,12 +533,7 @@ class Gateway:
     def _count_queued(self, job: NewJob) -> None:
         """Between two surveys the queue is at least as deep as what this process added."""
         load = self.loads.get(job.backend, Load())
-        depth = replace(
-            load.depth,
-            num_queued=load.depth.num_queued + 1,
-            queued_tokens=load.depth.queued_tokens + job.prompt_tokens,
-        )
-        self.loads[job.backend] = replace(load, depth=depth)
+        self.loads[job.backend] = load.with_one_more(job.prompt_tokens)
         self._shares.add(str(job.id), job.backend, job.tenant, max(job.predicted_tokens, 1))
 
     async def _outcome(self, job_id: uuid.UUID) -> Outcome | None:

@@ -42,11 +42,11 @@ class RequestLog:
         async def stamp(message: Message) -> None:
             if message["type"] == "http.response.start":
                 entry.status_code = message["status"]
-                headers = message["headers"]
-                if not any(name == b"x-request-id" for name, _ in headers):
-                    headers = message["headers"] = [*headers, raw_id]
+                headers = message["headers"] = list(message["headers"])
+                if raw_id not in headers:
+                    headers.append(raw_id)
                 if (limited := state.get("limited")) is not None:
-                    message["headers"] = [*headers, *await scope["app"].state.gateway.rate_limits.headers(limited)]
+                    headers += await scope["app"].state.gateway.rate_limits.headers(limited)
             await send(message)
 
         try:

@@ -22,7 +22,8 @@ _WAIT = re.compile(r"wait\s*=\s*\"?(\d{1,6})\"?$")
 _KEY = re.compile(r"[!-~]{1,255}")
 _DURATION = re.compile(r"(\d{1,7})([smh]?)")
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600}
-_ASKING = ("prefer", "cache-control", "x-cancel-on-disconnect", "idempotency-key", "cancel-after")
+_ASKING = frozenset({b"prefer", b"cache-control", b"x-cancel-on-disconnect", b"idempotency-key", b"cancel-after"})
+_RETRY_COUNT = b"x-stainless-retry-count"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,14 @@ class Wish:
 
 def read(headers: Headers, longest_wait_s: float) -> Wish:
     """The wish of an inference request. Preferences that are not ours are ignored, as RFC 7240 says."""
-    is_retry = headers.get("x-stainless-retry-count", "0") != "0"
-    if not is_retry and not any(name in headers for name in _ASKING):
+    # One pass over the raw pairs: every look-up by name is a pass of its own.
+    is_plain, is_retry = True, False
+    for header, value in headers.raw:
+        if header in _ASKING:
+            is_plain = False
+        elif header == _RETRY_COUNT and value != b"0":
+            is_retry = True
+    if is_plain and not is_retry:
         return _plain(longest_wait_s)
     is_async, wait_s, has_event_ids = False, None, True
     applied = []

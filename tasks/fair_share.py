@@ -14,7 +14,6 @@ tenant's weight multiplies both of its bounds.
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from db.job_views import Backlog
 
@@ -88,7 +87,7 @@ class FairShare:
         before = tenants.get(one.tenant) or Backlog(one.backend, one.tenant, 0, 0)
         num_queued, tokens = before.num_queued + sign, before.tokens + sign * one.tokens
         if num_queued > 0:
-            tenants[one.tenant] = replace(before, num_queued=num_queued, tokens=tokens)
+            tenants[one.tenant] = Backlog(one.backend, one.tenant, num_queued, tokens)
         else:
             tenants.pop(one.tenant, None)
 

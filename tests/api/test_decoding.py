@@ -3,14 +3,14 @@
 import json
 import math
 import time
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message
 
 from api import decoding, errors
 from catalog import LimitsEntry
@@ -275,24 +275,41 @@ async def test_json_content_types(content_type: str) -> None:
     ],
 )
 async def test_headers_refuse_before_the_body_is_read(headers: dict[str, str], code: str) -> None:
-    asked = request([], **headers)
+    async def nothing() -> Message:
+        raise AssertionError("the body was read")
+
+    asked = Request(request([], **headers).scope, nothing)
     with pytest.raises(errors.APIError) as caught:
         await decoding.read_body(asked, LIMITS)
     assert caught.value.code == code
-    assert not asked._stream_consumed
 
 
-async def test_a_body_that_outgrows_the_limit_is_dropped_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_second_encoding_is_seen() -> None:
+    asked = request([b"{}"])
+    asked.scope["headers"] += [(b"content-encoding", b"gzip"), (b"content-encoding", b"identity")]
+    with pytest.raises(errors.UnsupportedContentEncoding):
+        await decoding.read_body(asked, LIMITS)
+
+
+async def test_a_caller_that_hangs_up_has_no_body() -> None:
+    asked = request([])
+
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(ClientDisconnect):
+        await decoding.read_body(Request(asked.scope, gone), LIMITS)
+
+
+async def test_a_body_that_outgrows_the_limit_is_dropped_on_the_way() -> None:
     num_read = 0
 
-    async def endless() -> AsyncIterator[bytes]:
+    async def endless() -> Message:
         nonlocal num_read
-        while True:
-            num_read += 1
-            yield b"x" * 1000
+        num_read += 1
+        return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
 
-    asked = request([])
-    monkeypatch.setattr(asked, "stream", endless)
+    asked = Request(request([]).scope, endless)
     with pytest.raises(errors.PayloadTooLarge):
         await decoding.read_body(asked, LIMITS)
     assert num_read == 5

@@ -9,7 +9,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev models up down status logs test clients faults faults-long mutants simulate fuzz-api check format bench clean
+.PHONY: help install install-dev models up down status logs test test-long faults faults-long mutants simulate fuzz-api check format bench clean
 
 help: ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,9 +41,9 @@ test: install-dev ## Run the tests against real servers and real small models
 	@$(RUN) -m local.models --all
 	$(RUN) -m pytest --reruns 1 $(ARGS)
 
-clients: install-dev ## Test more clients with real models, and LiteLLM and vLLM's load generator (5 min)
+test-long: install-dev ## Test what takes minutes: more clients with real models, LiteLLM, vLLM's load generator, dying engines
 	$(RUN) -c "from benchmarks import peers; peers.install_litellm(peers.DEFAULT_FOLDER)"
-	$(RUN) -m pytest -m clients tests/e2e $(ARGS)
+	$(RUN) -m pytest -m long tests/backends tests/e2e $(ARGS)
 
 faults: install-dev ## Break a stack on purpose and check what was promised (12 min)
 	@$(RUN) -m tests.faults $(ARGS)

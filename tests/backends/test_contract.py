@@ -258,11 +258,11 @@ class Constrains:
     async def test_the_grammar_goes_on_wherever_an_attempt_stopped(self, backend: Backend) -> None:
         model = backend.spec.models[0]
         text, tokens = joined(await run(backend, call_for(model, PROMPTS[0], max_tokens=90, grammar=COUNTRY)))
-        for cut in range(1, len(tokens) + 1):
-            resumed = tuple(tokens[:cut])
-            chunks = await run(backend, call_for(model, PROMPTS[0], f"cut-{cut}", max_tokens=90, grammar=COUNTRY,
-                                                 resumed_token_ids=resumed))  # fmt: skip
-            assert [*resumed, *joined(chunks)[1]] == tokens
+        cuts = [tuple(tokens[:cut]) for cut in range(1, len(tokens) + 1)]
+        calls = [call_for(model, PROMPTS[0], f"cut-{len(cut)}", max_tokens=90, grammar=COUNTRY, resumed_token_ids=cut)
+                 for cut in cuts]  # fmt: skip
+        for cut, chunks in zip(cuts, await asyncio.gather(*[run(backend, call) for call in calls]), strict=True):
+            assert [*cut, *joined(chunks)[1]] == tokens
             assert text.endswith(joined(chunks)[0])
             assert chunks[-1].finish_reason == "stop"
 
@@ -299,12 +299,11 @@ class Constrains:
     async def test_a_grammar_out_of_bounds_fails_and_harms_nobody(self, backend: Backend, kind: str) -> None:
         """Out of llguidance's bounds only after some text, so that no check beforehand can see it."""
         model = backend.spec.models[0]
-        for attempt in range(4):
-            call = call_for(
-                model, PROMPTS[0], f"costly-{attempt}", grammar=COSTLY[kind], max_tokens=200, temperature=2.0
-            )
-            with pytest.raises(BackendError):
-                await run(backend, replace(call, params=replace(call.params, seed=attempt)))
+        calls = [call_for(model, PROMPTS[0], f"costly-{attempt}", grammar=COSTLY[kind], max_tokens=200, temperature=2.0)
+                 for attempt in range(4)]  # fmt: skip
+        seeded = [replace(call, params=replace(call.params, seed=seed)) for seed, call in enumerate(calls)]
+        ended = await asyncio.gather(*[run(backend, call) for call in seeded], return_exceptions=True)
+        assert [isinstance(one, BackendError) for one in ended] == [True] * 4, ended
         backend.check_health()
         assert joined(await run(backend, call_for(model, PROMPTS[0], "after", grammar='start: "ok"')))[0] == "ok"
 

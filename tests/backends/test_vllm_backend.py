@@ -475,6 +475,7 @@ def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     process.communicate()
 
 
+@pytest.mark.long
 def test_processes_outlive_a_stray_sigterm_and_never_the_worker(holder: "subprocess.Popen[str]") -> None:
     """Each engine is one process for the EngineCore and one for its device: four children in all."""
     engines = _said(holder, "engines")

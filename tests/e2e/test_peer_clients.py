@@ -13,7 +13,7 @@ import pytest
 from benchmarks import peers
 from tests.stack import ROOT, Stack
 
-pytestmark = [pytest.mark.clients, pytest.mark.e2e]
+pytestmark = [pytest.mark.long, pytest.mark.e2e]
 
 LITELLM_PYTHON = peers.DEFAULT_FOLDER / "litellm" / "bin" / "python"
 LITELLM = """
@@ -59,7 +59,7 @@ def run(argv: list[str], within_s: float, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(not LITELLM_PYTHON.exists(), reason="LiteLLM is not installed beside the project: make clients")
+@pytest.mark.skipif(not LITELLM_PYTHON.exists(), reason="LiteLLM is not installed beside the project: make test-long")
 def test_litellm(stack: Stack) -> None:
     # Otherwise it looks up prices on the network first.
     argv = [str(LITELLM_PYTHON), "-I", "-c", LITELLM, stack.url, stack.secret]

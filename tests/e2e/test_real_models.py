@@ -171,7 +171,7 @@ def test_an_answer_has_the_form_asked_for(stack: Stack, model: str) -> None:
 FIVE = {"type": "array", "minItems": 5, "maxItems": 5, "items": Person.model_json_schema()}
 
 
-@pytest.mark.parametrize("backend", ["gpt", "vllm"])
+@pytest.mark.parametrize("backend", ["gpt", pytest.param("vllm", marks=pytest.mark.long)])
 def test_streams_survive_the_death_of_their_worker(stack: Stack, backend: str) -> None:
     free = chat(f"on-{backend}", "Tell me a long story about a river and a mill.", max_tokens=120)
     formed = chat(f"on-{backend}", "Who?", max_tokens=300, structured_outputs={"json": FIVE})

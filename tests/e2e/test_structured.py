@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, SecretStr
 from tests.conftest import running
 from tests.stack import ROOT, Stack
 
-pytestmark = [pytest.mark.clients, pytest.mark.e2e, pytest.mark.models, pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.long, pytest.mark.e2e, pytest.mark.models, pytest.mark.vllm, pytest.mark.timeout(400)]
 
 CONFIG = """
 backends:

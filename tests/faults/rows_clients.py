@@ -118,7 +118,7 @@ def late_message(lab: Lab) -> list[float]:
     return [took]
 
 
-@row("F78", "no reconciler for a while, its backlog lost; then it starts", "I1", within_s=10)
+@row("F78", "no reconciler for a while, its backlog lost; then it starts", "I1", within_s=10, is_long=True)
 def no_reconciler(lab: Lab) -> list[float]:
     for name in ("reconciler-a", "reconciler-b"):
         lab.stack.stop(name)
@@ -169,7 +169,7 @@ def hanging_up(lab: Lab) -> list[float]:
     return found
 
 
-@row("F85b", "clients that leave a stream, with and without cancel-on-disconnect", "I15 I17", within_s=2)
+@row("F85b", "clients that leave a stream, with and without cancel-on-disconnect", "I15 I17", within_s=2, is_long=True)
 def leaving_streams(lab: Lab) -> list[float]:
     found = []
     body = {**completion("leaver " * 6, {"token_ms": 60}), "stream": True}
@@ -273,7 +273,7 @@ def stampede(lab: Lab) -> list[float]:
     return [time.monotonic() - started]
 
 
-@row("F88", "far more calls than fit: the queue is full", "I9 I12", within_s=10)
+@row("F88", "far more calls than fit: the queue is full", "I9 I12", within_s=10, is_long=True)
 def overload(lab: Lab) -> list[float]:
     async def storm(seconds: float) -> list[Record]:
         client, started = lab.clients, time.monotonic()

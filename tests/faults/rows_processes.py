@@ -237,7 +237,7 @@ def generating_worker(lab: Lab) -> list[float]:
     return found
 
 
-@row("F13", "kill -9 of a worker after the result is committed, before it says so", "I2 I5", within_s=5)
+@row("F13", "kill -9 of a worker after the result is committed, before it says so", "I2 I5", within_s=5, is_long=True)
 def after_result(lab: Lab) -> list[float]:
     patch = (
         "import db.jobs\nfinish = db.jobs.finish\n"
@@ -303,7 +303,7 @@ def long_freeze(lab: Lab) -> list[float]:
     return found
 
 
-@row("F19", "poison jobs that kill whoever runs them, among good ones", "I6 I11", within_s=30)
+@row("F19", "poison jobs that kill whoever runs them, among good ones", "I6 I11", within_s=30, is_long=True)
 def poison(lab: Lab) -> list[float]:
     with lab.supervised(), lab.traffic(rate=10, mix={"job": 1, "long": 1}):
         began, since = time.time(), time.monotonic()

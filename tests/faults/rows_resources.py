@@ -152,7 +152,7 @@ backends.echo_backend.EchoBackend.generate = starve
 """
 
 
-@row("F18", "a backend finds no memory for an attempt", "I1 I6 I21", within_s=5)
+@row("F18", "a backend finds no memory for an attempt", "I1 I6 I21", within_s=5, is_long=True)
 def starved_backend(lab: Lab) -> list[float]:
     for name in ("worker-a", "worker-b"):
         lab.stack.patches[name] = _STARVED
@@ -177,7 +177,7 @@ def starved_backend(lab: Lab) -> list[float]:
     return found
 
 
-@row("F23", "nobody reads a worker's log: its pipe is full", "I9 I11", within_s=5)
+@row("F23", "nobody reads a worker's log: its pipe is full", "I9 I11", within_s=5, is_long=True)
 def unread_log(lab: Lab) -> list[float]:
     reader, writer = os.pipe()
     lab.stack.outputs["worker-a"] = writer
@@ -211,7 +211,7 @@ def _is_full(reader: int) -> bool:
     return int.from_bytes(waiting, sys.byteorder) > 56_000
 
 
-@row("F95", "metrics: a scraper that hangs, a shared folder that is gone", "I9", within_s=3)
+@row("F95", "metrics: a scraper that hangs, a shared folder that is gone", "I9", within_s=3, is_long=True)
 def no_metrics(lab: Lab) -> list[float]:
     folder = lab.folder / "metrics"
     folder.mkdir(exist_ok=True)

@@ -175,7 +175,7 @@ def redis_reset_storm(lab: Lab) -> list[float]:
         return lab.answers_again()
 
 
-@row("F38", "Redis takes no new connections (maxclients)", "I9", within_s=10)
+@row("F38", "Redis takes no new connections (maxclients)", "I9", within_s=10, is_long=True)
 def redis_maxclients(lab: Lab) -> list[float]:
     with lab.redis() as broker, lab.supervised(), lab.traffic():
         since = time.monotonic()
@@ -203,7 +203,7 @@ def redis_wrong_type(lab: Lab) -> list[float]:
     return found
 
 
-@row("F40", "Redis is demoted (READONLY), then asks for another password", "I10", within_s=20)
+@row("F40", "Redis is demoted (READONLY), then asks for another password", "I10", within_s=20, is_long=True)
 def redis_readonly(lab: Lab) -> list[float]:
     with lab.redis() as broker, lab.supervised(), lab.traffic():
         since = time.monotonic()
@@ -372,7 +372,7 @@ def worker_loses_redis(lab: Lab) -> list[float]:
         return [time.monotonic() - since]
 
 
-@row("F65e", "a worker loses Postgres for longer than its lease", "I5", within_s=10)
+@row("F65e", "a worker loses Postgres for longer than its lease", "I5", within_s=10, is_long=True)
 def worker_loses_postgres(lab: Lab) -> list[float]:
     with lab.supervised(), lab.traffic(mix={"long": 1, "stream": 0.5}):
         since = time.time()

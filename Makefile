@@ -42,13 +42,16 @@ test: install-dev ## Run the tests against real servers and real small models
 	$(RUN) -m pytest --reruns 1 $(ARGS)
 
 test-long: install-dev ## Test what takes minutes: more clients with real models, LiteLLM, vLLM's load generator, dying engines
+	@$(RUN) -m local.models --all
 	$(RUN) -c "from benchmarks import peers; peers.install_litellm(peers.DEFAULT_FOLDER)"
 	$(RUN) -m pytest -m long tests/backends tests/e2e $(ARGS)
 
 faults: install-dev ## Break a stack on purpose and check what was promised (12 min)
+	@$(RUN) -m local.models --all
 	@$(RUN) -m tests.faults $(ARGS)
 
 faults-long: install-dev ## As faults, with every row and many repetitions (about an hour)
+	@$(RUN) -m local.models --all
 	@$(RUN) -m tests.faults --long $(ARGS)
 
 mutants: install-dev ## Seed faults into the code and the history: the checker must catch each

@@ -127,8 +127,8 @@ def history(view: View) -> JSON:
                 {"type": "job.attempt_ended", "at": _rounded(one["ended_at"]), **told, "outcome": one["outcome"]}
             )
         else:
-            # A marker between attempts: asked for again, or inherited from a leader that ended.
-            events.append({"type": f"job.{one['outcome']}", "at": _rounded(one["ended_at"])})
+            # A marker between attempts: asked for again, or inherited from a leader that ended (old ones lack a time).
+            events.append({"type": f"job.{one['outcome']}", "at": _rounded(one.get("ended_at")) or events[-1]["at"]})
     ended = [one["started_at"] for one in view.attempts if one.get("started_at") is not None]
     if view.started_at is not None and view.started_at.timestamp() > max(ended, default=0.0) + 1e-6:
         events.append({"type": "job.attempt_started", "at": _moment(view.started_at), "attempt": view.attempt,

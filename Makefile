@@ -9,7 +9,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev models up down status logs test test-long faults faults-long mutants simulate fuzz-api check format bench clean
+.PHONY: help install install-dev models up down status logs test test-long faults faults-long mutants simulate fuzz-api fuzz-parsers check format bench clean
 
 help: ## List the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ simulate: install-dev ## Play schedules of crashes and losses through the core; 
 
 fuzz-api: install-dev ## Send requests made from the API's description, many of each (10 min)
 	SWITCHYARD_FUZZ_EXAMPLES=200 $(RUN) -m pytest tests/e2e/test_openapi.py $(ARGS)
+
+fuzz-parsers: install-dev ## Feed what is read with text from outside a hundred times the examples of make test, all new (15 min)
+	SWITCHYARD_FUZZ_FACTOR=100 $(RUN) -m pytest --timeout 1200 --hypothesis-show-statistics $(ARGS) \
+		tests/api/test_any_input.py tests/api/test_decoding.py tests/api/test_fingerprints.py tests/tasks/test_event_codec.py
 
 check: install-dev ## Check format, lint, types and the direction of imports
 	$(RUN) -m ruff format --check .

@@ -102,7 +102,8 @@ class Gateway:
         self.views = Lane(url, job_views.view)
         self.payloads = Lane(url, job_views.payload)
         self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
-        self.cancels = Lane(url, jobs.cancel)
+        # Who cancels wants to know at once, and may say it again.
+        self.cancels = Lane(url, jobs.cancel, patience_s=1.0)
         self.deletes = Lane(url, removal.delete)
         self._deletions = Lane(url, removal.find, silence_s=_LONG_S)
         self.webhook_secrets = Lane(url, webhooks.list_secrets)

@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
@@ -20,9 +20,7 @@ from catalog import LimitsEntry
 from tasks import webhook_post
 from tasks.call import Call
 from tests.api.test_bad_input import VALID
-
-STEADY: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
-"""The same examples on every machine, however slow: what a new one finds must not fail another's change."""
+from tests.properties import examples
 
 LIMITS = LimitsEntry()
 MARK = "XylophoneQuartz "
@@ -53,7 +51,7 @@ values = st.recursive(
 
 
 @pytest.mark.parametrize("path", MODELS)
-@settings(max_examples=60, **STEADY)
+@examples(60)
 @given(data=st.data())
 def test_any_values_in_any_fields(path: str, data: st.DataObject) -> None:
     model = MODELS[path]
@@ -91,7 +89,7 @@ pieces = st.lists(st.sampled_from(["wait", "=", "5", '"', ",", ";", " ", "respon
                   max_size=8).map("".join)  # fmt: skip
 
 
-@settings(max_examples=200, **STEADY)
+@examples(200)
 @given(st.dictionaries(
     st.sampled_from(["prefer", "cache-control", "cancel-after", "idempotency-key", "x-cancel-on-disconnect",
                      "x-stainless-retry-count"]), headers | pieces, max_size=6))  # fmt: skip
@@ -108,7 +106,7 @@ parts = st.lists(st.sampled_from(["http", "https", ":", "//", "/", "@", "[", "]"
                                   "\\", ".", "\t", "\r\n", "é", "xn--", "fe80::1%eth0", "10.1", "user:pass"]), max_size=8).map("".join)  # fmt: skip
 
 
-@settings(max_examples=200, **STEADY)
+@examples(200)
 @given(parts | st.text(max_size=60) | parts.map(lambda rest: f"http://{rest}"))
 def test_any_url_is_refused_or_has_a_host(url: str) -> None:
     with suppress(webhook_post.Refused):

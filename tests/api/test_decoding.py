@@ -7,13 +7,14 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
 from api import decoding, errors
 from catalog import LimitsEntry
+from tests.properties import examples
 
 LIMITS = LimitsEntry(body_bytes=4096, json_depth=8, json_nodes=100)
 WIDE = LimitsEntry()
@@ -32,7 +33,7 @@ def code_of(body: bytes, limits: LimitsEntry = LIMITS) -> str:
     return caught.value.code
 
 
-@settings(deadline=None)
+@examples()
 @given(objects, st.booleans(), st.sampled_from([None, 0, 3]))
 def test_valid_json_is_read_as_json_reads_it(value: dict[str, Any], is_ascii: bool, indent: int | None) -> None:
     body = json.dumps(value, ensure_ascii=is_ascii, indent=indent).encode()
@@ -73,7 +74,7 @@ FRAGMENTS = [b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"0", b"-", b"1e40
 FRAGMENTS += [b"\\u003a", b'"a":1,', b"9223372036854775808", b"\xff", b"\x00", b"\xef\xbb\xbf", b" ", b"true", b"\n"]
 
 
-@settings(max_examples=600, deadline=None)
+@examples(600)
 @given(objects, st.lists(st.tuples(st.integers(0, 400), st.integers(0, 3), st.sampled_from(FRAGMENTS)), max_size=3))
 def test_damaged_json_is_judged_as_by_the_reference(value: dict[str, Any], edits: list[tuple[int, int, bytes]]) -> None:
     body = json.dumps(value).encode()
@@ -88,14 +89,14 @@ def test_damaged_json_is_judged_as_by_the_reference(value: dict[str, Any], edits
         assert decoding.decode(body, WIDE) == expected
 
 
-@settings(deadline=None)
+@examples()
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     with suppress(errors.InvalidRequest):
         assert isinstance(decoding.decode(body, LIMITS), dict)
 
 
-@settings(deadline=None)
+@examples()
 @given(objects, texts, st.integers(0, 5), st.booleans())
 def test_a_repeated_key_is_found_at_any_depth(around: dict[str, Any], key: str, depth: int, is_escaped: bool) -> None:
     again = '"' + "".join(f"\\u{unit:04x}" for unit in utf16(key)) + '"' if is_escaped else json.dumps(key)

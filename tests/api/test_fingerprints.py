@@ -4,16 +4,14 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from api import fingerprints
 from api.wishes import Wish
 from catalog import ModelEntry, ModelSpec
 from tasks.call import Call
-
-STEADY: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
-"""The same examples on every machine, however slow: what a new one finds must not fail another's change."""
+from tests.properties import examples
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=4)
 numbers = st.integers(-3, 3) | st.floats(-3, 3, allow_nan=False)
@@ -52,14 +50,14 @@ def reordered(value: Any) -> Any:
     return [reordered(item) for item in value] if isinstance(value, list) else value
 
 
-@settings(max_examples=150, **STEADY)
+@examples(150)
 @given(calls, calls)
 def test_keys_are_equal_where_the_meaning_is(one: Call, other: Call) -> None:
     are_equal = fingerprints.cache_key(one, MODEL, "t") == fingerprints.cache_key(other, MODEL, "t")
     assert are_equal == (meaning(one) == meaning(other))
 
 
-@settings(**STEADY)
+@examples()
 @given(calls, st.data())
 def test_what_does_not_change_the_answer_does_not_change_the_key(call: Call, data: st.DataObject) -> None:
     other = replace(
@@ -75,7 +73,7 @@ def test_what_does_not_change_the_answer_does_not_change_the_key(call: Call, dat
     assert fingerprints.cache_key(call, MODEL, "t") == fingerprints.cache_key(other, MODEL, "t")
 
 
-@settings(**STEADY)
+@examples()
 @given(calls, texts, texts)
 def test_every_tenant_and_every_state_of_a_model_has_keys_of_its_own(call: Call, tenant: str, other: str) -> None:
     def key(model: ModelSpec = MODEL, owner: str = tenant) -> bytes:
@@ -102,7 +100,7 @@ wishes = st.builds(
 )
 
 
-@settings(max_examples=100, **STEADY)
+@examples(100)
 @given(st.tuples(calls, wishes), st.tuples(calls, wishes))
 def test_one_idempotency_key_is_for_one_request(one: tuple[Call, Wish], other: tuple[Call, Wish]) -> None:
     def asked(call: Call, wish: Wish) -> str:

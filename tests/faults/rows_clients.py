@@ -22,7 +22,7 @@ _SKEW = "import time\nreal = time.time\ntime.time = lambda: real() + ({0})\nreal
 # F. Clocks and delivery
 
 
-@row("F70", "wall clocks of gateway +1 h, worker -1 h, reconciler +1 h", "I18", within_s=5)
+@row("F70", "wall clocks of gateway +1 h, worker -1 h, reconciler +1 h", "I18", within_s=5, is_long=True)
 def skewed_clocks(lab: Lab) -> list[float]:
     skews = {"gateway-a": 3600, "worker-a": -3600, "reconciler-a": 3600}
     lab.stack.stop("reconciler-b")

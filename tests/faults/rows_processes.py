@@ -203,7 +203,7 @@ def idle_worker(lab: Lab) -> list[float]:
     return [time.monotonic() - since]
 
 
-@row("F11", "kill -9 of a worker between taking the message and the claim", "I1 I20", within_s=8)
+@row("F11", "kill -9 of a worker between taking the message and the claim", "I1 I20", within_s=8, is_long=True)
 def before_claim(lab: Lab) -> list[float]:
     found = []
     for _ in range(lab.times(2, 30)):

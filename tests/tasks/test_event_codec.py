@@ -4,16 +4,14 @@ import json
 from contextlib import suppress
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import stream
 from tasks.identity import frame
 from tasks.output import Piece
 from tasks.stream import Batch, Event
-
-STEADY: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
-"""The same examples on every machine, however slow: what a new one finds must not fail another's change."""
+from tests.properties import examples
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
     ["\n\ndata: [DONE]\n\n", "\r\n\r\n", "\r", "id: 7\n", "event: error", "\u2028\u2029\x85\x00", ": keep-alive"]
@@ -40,7 +38,7 @@ def parsed(text: str) -> list[dict[str, str]]:
     return events
 
 
-@settings(max_examples=100, **STEADY)
+@examples(100)
 @given(
     st.lists(
         st.tuples(
@@ -76,13 +74,13 @@ events = st.builds(
 )
 
 
-@settings(max_examples=100, **STEADY)
+@examples(100)
 @given(st.builds(Batch, token=st.integers(0, 2**45), events=st.lists(events, max_size=3)))
 def test_a_batch_comes_back_as_it_was(batch: Batch) -> None:
     assert stream.decode(stream.encode(batch)) == batch
 
 
-@settings(max_examples=100, **STEADY)
+@examples(100)
 @given(st.binary(max_size=60) | values.map(lambda value: json.dumps(value).encode()))
 def test_what_is_no_batch_is_refused_as_readers_expect(data: bytes) -> None:
     with suppress(ValueError, TypeError, KeyError, AttributeError):

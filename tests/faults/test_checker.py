@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.faults.audit import Job, Ledger, Transition
 from tests.faults.check import Run
 from tests.faults.history import Clients, History, Record, prompt_of
 from tests.faults.lab import Lab
-from tests.faults.mutants import CODE, DATA, CodeMutant, DataMutant, run_mutant
+from tests.faults.mutants import CODE, DATA, CodeMutant, DataMutant, of_it_alone, run_mutant
 
 
 def digest(text: str) -> str:
@@ -187,7 +188,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def real_run(lab: Lab) -> Run:
-    """Some seconds of ordinary life, with a death in it."""
+    """Some seconds of ordinary life, with a death in it, whatever the lab was used for before."""
+    since, num_records = time.time(), len(lab.history.records)
+    lab.history.row = "ordinary life"
     with lab.traffic(lead_s=3):
         for tenant in ("default", "other"):
             for life in (lab.clients.job, lab.clients.cancel, lab.clients.stream, lab.clients.foreign):
@@ -195,7 +198,7 @@ def real_run(lab: Lab) -> Run:
         lab.kill("worker-a")
         lab.start("worker-a")
     lab.heal()
-    return Run(list(lab.history.records), *lab.close_books())
+    return of_it_alone(lab, since, num_records)
 
 
 @pytest.mark.faults

@@ -104,7 +104,8 @@ class Gateway:
         self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
         # Who cancels wants to know at once, and may say it again.
         self.cancels = Lane(url, jobs.cancel, patience_s=1.0)
-        self.deletes = Lane(url, removal.delete)
+        # Each of a batch is a transaction of its own.
+        self.deletes = Lane(url, removal.delete, max_batch=32, silence_s=_LONG_S)
         self._deletions = Lane(url, removal.find, silence_s=_LONG_S)
         self.webhook_secrets = Lane(url, webhooks.list_secrets)
         self.new_webhook_secrets = Lane(url, webhooks.create_secret)

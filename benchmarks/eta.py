@@ -8,9 +8,6 @@ the time it took is Postgres's, from its creation to its end.
 """
 
 import json
-import math
-import multiprocessing
-import time
 
 from benchmarks import load, report, stack
 from benchmarks.load import Target
@@ -51,29 +48,19 @@ def main() -> None:
 
 def _offer(running: stack.Stack, rate: float, seconds: float) -> None:
     """All lengths at once, equally often."""
-    children = []
+    loops = []
     for call_ms in CALLS_MS:
         body = {"model": "echo", "prompt": "{number}", "options": {"first_token_ms": call_ms}}
         job = json.dumps({"endpoint": "/v1/completions", "body": body})
         target = Target(running.port, job, "/v1/jobs", running.headers(), statuses=(b"202",))
-        arguments = {"rate": rate / len(CALLS_MS), "seconds": seconds, "start": call_ms * 10**6}
-        children.append(multiprocessing.Process(target=load.open_loop, args=(target,), kwargs=arguments))
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-        if child.exitcode:
-            raise load.LoadError("a load generator failed")
+        loops.append((target, rate / len(CALLS_MS), call_ms * 10**6))
+    load.open_loops(loops, seconds)
 
 
 def _ended(running: stack.Stack) -> list[tuple[float, float, float]]:
     """(p50 told, p90 told, taken) of each job in milliseconds, once all have ended; and forgets them."""
     with session.connect(running.database_url, "switchyard-bench").cursor() as cursor:
-        left = math.inf
-        while left:
-            time.sleep(0.5)
-            cursor.execute("SELECT count(*) FROM jobs WHERE status IN ('queued', 'running')")
-            ((left,),) = cursor.fetchall()
+        stack.wait_for_ends(cursor)
         cursor.execute(
             """
             SELECT (facts ->> 'eta_p50_ms')::float8, (facts ->> 'eta_p90_ms')::float8,

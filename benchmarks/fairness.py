@@ -9,9 +9,6 @@ from a job's creation to the claim of its worker.
 
 import itertools
 import json
-import math
-import multiprocessing
-import time
 
 from benchmarks import load, report, stack
 from benchmarks.load import Target
@@ -71,28 +68,18 @@ def _offer(
     running: stack.Stack, keys: dict[str, str], rates: dict[str, float], seconds: float, starts: "itertools.count[int]"
 ) -> None:
     """Both tenants at once; returns when every accepted job has ended."""
-    children = []
+    loops = []
     for name, rate in rates.items():
         target = Target(running.port, BODY, "/v1/jobs", {"authorization": f"Bearer {keys[name]}"},
                         statuses=(b"202", b"429"))  # fmt: skip
-        arguments = {"rate": rate, "seconds": seconds, "start": next(starts)}
-        children.append(multiprocessing.Process(target=load.open_loop, args=(target,), kwargs=arguments))
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-        if child.exitcode:
-            raise load.LoadError("a load generator failed")
+        loops.append((target, rate, next(starts)))
+    load.open_loops(loops, seconds)
 
 
 def _waits(running: stack.Stack) -> dict[str, list[float]]:
     """Milliseconds each job waited, by tenant, once all have ended; and forgets them."""
     with session.connect(running.database_url, "switchyard-bench").cursor() as cursor:
-        left = math.inf
-        while left:
-            time.sleep(0.5)
-            cursor.execute("SELECT count(*) FROM jobs WHERE status IN ('queued', 'running')")
-            ((left,),) = cursor.fetchall()
+        stack.wait_for_ends(cursor)
         cursor.execute("SELECT tenant, extract(epoch FROM started_at - created_at)::float8 * 1000 FROM jobs")
         waits: dict[str, list[float]] = {}
         for tenant, wait_ms in cursor.fetchall():

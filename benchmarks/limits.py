@@ -9,7 +9,6 @@ remembers every call exactly says how much could have been let through at the sa
 
 import bisect
 import json
-import multiprocessing
 from collections import deque
 from dataclasses import dataclass
 
@@ -62,19 +61,13 @@ def main() -> None:
 
 def _offer(running: stack.Stack, seconds: float) -> None:
     """Both keys at once."""
-    children = []
+    loops = []
     for number, rule in enumerate(RULES):
         secret = running.create_key(rule.name, rule.limits)
         target = Target(running.port, BODY, "/v1/completions", {"authorization": f"Bearer {secret}"},
                         statuses=(b"200", b"429"))  # fmt: skip
-        arguments = {"rate": rule.rate, "seconds": seconds, "start": number * 10**6}
-        children.append(multiprocessing.Process(target=load.open_loop, args=(target,), kwargs=arguments))
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-        if child.exitcode:
-            raise load.LoadError("a load generator failed")
+        loops.append((target, rule.rate, number * 10**6))
+    load.open_loops(loops, seconds)
 
 
 def _row(rule: Rule, running: stack.Stack, seconds: float) -> tuple[report.Cell, ...]:

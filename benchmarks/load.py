@@ -10,6 +10,7 @@ stalls is charged for everybody who had to wait.
 """
 
 import math
+import multiprocessing
 import re
 import select
 import socket
@@ -166,6 +167,22 @@ def open_loop(target: Target, *, rate: float, seconds: float, connections: int =
         busy = (time.process_time() - cpu) / elapsed
     check_busy(busy)
     return Result(elapsed, result.latencies, result.first_latencies, busy)
+
+
+def open_loops(loops: Sequence[tuple[Target, float, int]], seconds: float) -> None:
+    """Open loops at once, each (target, rate, number of its first request) in its own process. Raises LoadError."""
+    children = [
+        multiprocessing.Process(
+            target=open_loop, args=(target,), kwargs={"rate": rate, "seconds": seconds, "start": start}
+        )
+        for target, rate, start in loops
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        if child.exitcode:
+            raise LoadError("a load generator failed")
 
 
 def check_busy(busy: float) -> None:

@@ -22,6 +22,7 @@ import psutil
 
 import catalog
 from db import api_keys, session
+from db.session import Cursor
 from db.tenants import NO_LIMITS, Limits
 from local import servers, spawn, stack
 from settings import Settings
@@ -108,6 +109,15 @@ def ready_models(port: int) -> dict[str, str]:
         return found
     finally:
         connection.close()
+
+
+def wait_for_ends(cursor: Cursor) -> None:
+    """Until no job is queued or running."""
+    while True:
+        cursor.execute("SELECT FROM jobs WHERE status IN ('queued', 'running') LIMIT 1")
+        if not cursor.rowcount:
+            return
+        time.sleep(0.5)
 
 
 def cpu_s(pid: int) -> float:

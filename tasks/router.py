@@ -55,7 +55,7 @@ class Load:
 
     def with_one_more(self, prompt_tokens: int) -> "Load":
         """With one more job in its queue."""
-        # By position: `dataclasses.replace` takes four times as long, and every call comes by here.
+        # By position, because every call comes by here and `dataclasses.replace` looks at each field by its name.
         was = self.depth
         depth = Depth(was.num_queued + 1, was.num_running, was.queued_tokens + prompt_tokens, was.oldest_queued_s)
         return Load(self.lives, depth, self.is_ready, self.is_loading, self.slots, self.service)

@@ -419,9 +419,8 @@ class Gateway:
                    if not self._shares.may_queue(name, tenant, backend.entry.max_queued, weight)]  # fmt: skip
         levels = {name: self._shares.level(name, tenant, wish.priority, load.slots, weight)
                   for name, load in self.loads.items()}  # fmt: skip
-        first = {name: 0 for name, level in levels.items() if level is Level.WITHIN_SHARE}
         decision = router.choose(served, call, tokenised, self.loads, can_wait=wish.is_async, crowded=crowded,
-                                 ahead=first, within_ms=self._left_ms(caller, wish), levels=levels)  # fmt: skip
+                                 within_ms=self._left_ms(caller, wish), levels=levels)  # fmt: skip
         if decision.chosen is None:
             raise refusals.of(decision, mistakes)
         asked = call.model if call.model == "auto" else decision.candidates[0].model

@@ -111,7 +111,6 @@ def choose(
     *,
     can_wait: bool,
     crowded: Collection[str] = (),
-    ahead: Mapping[str, int] | None = None,
     within_ms: float | None = None,
     levels: Mapping[str, Level] | None = None,
 ) -> Decision:
@@ -119,11 +118,11 @@ def choose(
 
     `tokenised` has the call as each candidate model would run it, or the reason why that model cannot
     take it. `can_wait` lets a job queue for a backend whose workers are away. `crowded` names the backends whose
-    queues have no room for more of this tenant. `ahead` has how many queued jobs go before this one at each backend
-    (by default all), `within_ms` how long its deadline leaves it, `levels` in which level of each queue it would wait.
-    A fallback model is considered only when the models before it have no candidate left.
+    queues have no room for more of this tenant. `within_ms` is how long its deadline leaves it, `levels` has in which
+    level of each backend's queue it would wait: within its share nobody goes before it, otherwise all. A fallback
+    model is considered only when the models before it have no candidate left.
     """
-    limits = _Limits(crowded, ahead or {}, within_ms)
+    limits = _Limits(crowded, levels or {}, within_ms)
     candidates: list[Candidate] = []
     for model in models_for(catalog, call):
         ready = tokenised.get(model.name, "unknown_model")
@@ -134,11 +133,11 @@ def choose(
     alive = [one for one in candidates if one.dropped is None]
     if alive:
         best = min(alive, key=lambda one: one.score_ms or 0.0)
-        level = (levels or {}).get(best.backend, Level.WITHIN_SHARE)
+        level = limits.levels.get(best.backend, Level.WITHIN_SHARE)
         return Decision(call.model, best, _reason(call, best, alive, catalog), tuple(candidates), level)
     held = [one for one in candidates if one.dropped in ("no_worker", "loading")]
     if held and can_wait:
-        level = (levels or {}).get(held[0].backend, Level.WITHIN_SHARE)
+        level = limits.levels.get(held[0].backend, Level.WITHIN_SHARE)
         return Decision(call.model, held[0], "no worker is up: held in its queue", tuple(candidates), level)
     return Decision(call.model, None, "no candidate is left", tuple(candidates))
 
@@ -163,7 +162,8 @@ def _candidate(
     if not load.is_ready:
         return Candidate(model.name, backend.name, dropped="loading" if load.is_loading else "no_worker")
     score, facts = _score(ready, model, load)
-    facts |= expected(ready, model, load, limits.ahead.get(backend.name, load.depth.num_queued))
+    is_next = limits.levels.get(backend.name) is Level.WITHIN_SHARE
+    facts |= expected(ready, model, load, 0 if is_next else load.depth.num_queued)
     is_full = load.depth.num_queued >= backend.entry.max_queued or backend.name in limits.crowded
     if is_full or load.depth.queued_tokens >= backend.entry.max_queued_tokens:
         return Candidate(model.name, backend.name, dropped="queue_full", facts=facts)
@@ -177,7 +177,7 @@ class _Limits:
     """What of the caller, beside its call, decides where the call may go."""
 
     crowded: Collection[str]
-    ahead: Mapping[str, int]
+    levels: Mapping[str, Level]
     within_ms: float | None
 
 

@@ -14,6 +14,7 @@ from db.job_views import Depth
 from db.workers import Life
 from tasks import router
 from tasks.call import Call
+from tasks.fair_share import Level
 from tasks.router import Load
 
 CONFIG = """
@@ -170,7 +171,7 @@ def test_a_deadline_that_cannot_be_met_drops_the_candidate(served: Catalog) -> N
     assert late.chosen is not None
     assert late.chosen.backend == "fast"
     # Before whom nobody waits: within its share.
-    assert dropped(choose(served, call(), loads, within_ms=500.0, ahead={"slow": 0})) == {
+    assert dropped(choose(served, call(), loads, within_ms=500.0, levels={"slow": Level.WITHIN_SHARE})) == {
         ("both", "slow"): None, ("both", "fast"): None,
     }  # fmt: skip
     nobody = choose(served, call(), {"slow": loads["slow"]}, within_ms=100.0)

@@ -4,6 +4,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
+import settings
 from db.job_views import View
 from db.models import TERMINAL, JobStatus
 from tasks.fair_share import Priority
@@ -45,6 +46,7 @@ def job(view: View, queue: JSON | None = None) -> JSON:
         "started_at": seconds(view.started_at),
         "completed_at": seconds(view.finished_at),
         "deadline_at": seconds(view.deadline_at),
+        "expires_at": _expires_at(view),
         "result_ttl_s": view.result_ttl_s,
         "attempt": view.attempt,
         "queue": queue,
@@ -69,6 +71,14 @@ def job(view: View, queue: JSON | None = None) -> JSON:
         "webhook": view.webhook,
         "metadata": view.metadata or {},
     }
+
+
+def _expires_at(view: View) -> int | None:
+    """When an ended job and its answer are removed, by the shorter of its own time and the server's."""
+    if view.finished_at is None:
+        return None
+    kept_s = settings.load().result_ttl_s
+    return int(view.finished_at.timestamp()) + min(view.result_ttl_s or kept_s, kept_s)
 
 
 def explanation(view: View) -> JSON:
@@ -132,7 +142,7 @@ def history(view: View) -> JSON:
     ended = [one["started_at"] for one in view.attempts if one.get("started_at") is not None]
     if view.started_at is not None and view.started_at.timestamp() > max(ended, default=0.0) + 1e-6:
         events.append({"type": "job.attempt_started", "at": _moment(view.started_at), "attempt": view.attempt,
-                       "worker": view.worker})  # fmt: skip
+                       "worker_id": view.worker_id})  # fmt: skip
         if view.first_token_at is not None:
             events.append({"type": "job.first_token", "at": _moment(view.first_token_at), "attempt": view.attempt})
     if view.status in TERMINAL:

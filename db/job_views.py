@@ -93,8 +93,8 @@ _VIEW = """
     id, tenant, request_id, endpoint, requested_model, model, model_revision, backend, status, is_stream, metadata,
     decision, cache_verdict, encode(cache_key, 'hex') AS cache_key, attempt, attempts, prompt_tokens, usage, error,
     timings, priority, created_at, enqueued_at, started_at, first_token_at, finished_at, deadline_at,
-    (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker, leader_id, coalesce(flight_id, id),
-    webhook, result_ttl_s
+    (SELECT name FROM workers w WHERE w.id = jobs.worker_id) AS worker, worker_id, leader_id,
+    coalesce(flight_id, id), webhook, result_ttl_s
 """
 
 
@@ -130,6 +130,8 @@ class View:
     finished_at: datetime.datetime | None
     deadline_at: datetime.datetime | None
     worker: str | None
+    """Its name, where `worker_id` is of this one life."""
+    worker_id: int | None
     leader_id: uuid.UUID | None
     flight_id: uuid.UUID
     webhook: dict[str, Any] | None

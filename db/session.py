@@ -22,9 +22,25 @@ _OPTIONS = "-c statement_timeout=5000 -c lock_timeout=2000 -c idle_in_transactio
 _NETWORK: dict[str, Any] = {"connect_timeout": 2, "tcp_user_timeout": 10_000, "keepalives_idle": 5}
 
 psycopg2.extras.register_uuid()  # type: ignore[no-untyped-call]
-# Lane statements read jsonb as text where they hand it on as it is.
-Connection = psycopg2.extensions.connection
-Cursor = psycopg2.extensions.cursor
+
+
+class Cursor(psycopg2.extensions.cursor):
+    """A cursor whose transactions begin with their first statement: BEGIN takes no round trip of its own."""
+
+    is_beginning = False
+
+    def execute(self, query: Any, values: Any = None) -> None:
+        if self.is_beginning:
+            self.is_beginning = False
+            query = b"BEGIN;" + query if isinstance(query, bytes) else "BEGIN;" + query
+        super().execute(query, values)
+
+
+class Connection(psycopg2.extensions.connection):
+    """One whose cursors are ours."""
+
+    def cursor(self) -> Cursor:  # type: ignore[override]
+        return super().cursor(cursor_factory=Cursor)
 
 
 def connect(url: str, application_name: str, *, is_durable: bool = True, idle_s: float = 0.0) -> Connection:
@@ -35,6 +51,7 @@ def connect(url: str, application_name: str, *, is_durable: bool = True, idle_s:
     silence = f" -c idle_session_timeout={int(idle_s * 1000)}" if idle_s else ""
     connection: Connection = psycopg2.connect(
         url,
+        connection_factory=Connection,
         application_name=application_name,
         options=f"{_OPTIONS} -c synchronous_commit={commit} -c plan_cache_mode=force_generic_plan -c jit=off{silence}",
         **_NETWORK,
@@ -46,13 +63,13 @@ def connect(url: str, application_name: str, *, is_durable: bool = True, idle_s:
 @contextlib.contextmanager
 def transaction(cursor: Cursor) -> Iterator[None]:
     """What happens inside is committed together, or not at all."""
-    cursor.execute("BEGIN")
+    cursor.is_beginning = True
     try:
         yield
-        cursor.execute("COMMIT")
     except BaseException:
         cursor.execute("ROLLBACK")
         raise
+    cursor.execute("COMMIT")
 
 
 def create_pool(url: str, application_name: str, size: int = 4) -> Engine:

@@ -146,9 +146,14 @@ class Server:
                 self.kill()
 
     def kill(self) -> None:
-        """End the server at once, as a crash would (SIGKILL to the whole group)."""
+        """End the server and all its processes at once, as a crash of the machine would (SIGKILL)."""
+        # Postgres's are in sessions of their own; left alone, one might answer before it misses the postmaster.
+        theirs = psutil.Process(self.process.pid).children(recursive=True)
         kill_group(self.process.pid)
         self.process.wait()
+        for process in theirs:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def restart(self) -> None:
         """Start again after `stop` or `kill`, with the same data, port and password."""

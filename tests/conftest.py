@@ -1,6 +1,7 @@
 """Servers and stacks for the whole suite. Tests run against the embedded servers, or against those that
 SWITCHYARD_DATABASE_URL and SWITCHYARD_REDIS_URL name (their databases `switchyard_test_*` and Redis
-database 15 are used, and emptied)."""
+databases 15, 14 … are used, and emptied). Of the processes that share the suite each has its own servers, or
+its own databases on those that were given."""
 
 import contextlib
 import os
@@ -12,7 +13,7 @@ import redis
 
 import settings
 from local import servers
-from tests.stack import Stack, fresh_database
+from tests.stack import PROCESS, Stack, fresh_database
 
 ECHO = """
 backends:
@@ -33,7 +34,7 @@ def server_urls() -> Iterator[tuple[str, str]]:
     """(Postgres, Redis) of the session."""
     given = os.environ.get("SWITCHYARD_DATABASE_URL"), os.environ.get("SWITCHYARD_REDIS_URL")
     if given[0] and given[1]:
-        yield given[0], given[1].rsplit("/", 1)[0] + "/15"
+        yield given[0], f"{given[1].rsplit('/', 1)[0]}/{15 - PROCESS}"
         return
     with servers.throwaway() as (postgres, valkey):
         yield postgres.url, valkey.url

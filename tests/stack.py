@@ -18,6 +18,8 @@ import httpx
 from db import api_keys, migrate, session
 
 ROOT = Path(__file__).parent.parent
+PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""Which of the processes that share the suite this one is, from 0 on."""
 CELERY_OPTIONS = ["--without-gossip", "--without-mingle", "-l", "WARNING"]
 
 
@@ -236,8 +238,9 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def fresh_database(server_url: str, name: str) -> Iterator[str]:
-    """An empty, migrated database of that name on the server; gone afterwards."""
+    """An empty, migrated database of that name, and this process's, on the server; gone afterwards."""
     base, _, _ = server_url.rpartition("/")
+    name = f"{name}_{PROCESS}"
     connection = session.connect(server_url, "tests")
     with contextlib.closing(connection), connection.cursor() as cursor:
         cursor.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")

@@ -199,6 +199,9 @@ def test_a_failed_job_is_retried_on_request(stack: Stack) -> None:
         assert client.post("/v1/jobs/retry", params={"code": "attempts_exhausted"}).json()["retried"] == len(letters)
         done = client.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": completion()}).headers["location"]
         client.get(done, params={"wait": 20})
+        accepted, started, *_ = client.get(f"{done}/events").json()["data"]
+        assert (accepted["type"], started["type"]) == ("job.accepted", "job.attempt_started")
+        assert started["worker_id"] == events[1]["worker_id"]
         refused = client.post(f"{done}/retry")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict_state")
 

@@ -263,6 +263,8 @@ def test_jobs_are_filtered_kept_and_deleted_as_asked(stack: Stack) -> None:
         found = client.get("/v1/jobs", params={"metadata[run]": "b"}).json()["data"]
         assert [one["id"] for one in found] == [ids[1]]
         assert found[0]["result_ttl_s"] == 600
+        ended = client.get(f"/v1/jobs/{ids[1]}", params={"wait": 20}).json()
+        assert ended["expires_at"] == ended["completed_at"] + 600
         assert client.get("/v1/jobs", params={"metadata[run]": "b", "metadata[x]": "y"}).json()["data"] == []
         assert client.get("/v1/jobs", params={"metadata[run]": "x" * 513}).status_code == 400
         live = client.post(

@@ -28,7 +28,7 @@ class Keys:
     """Verifies secrets against the ledger."""
 
     def __init__(self, database_url: str) -> None:
-        self._lane = Lane(database_url, api_keys.verify)
+        self._lane = Lane(database_url, api_keys.verify, is_kept=True)
         self._known: dict[str, tuple[float, ApiKey]] = {}
         """By Authorization header."""
 

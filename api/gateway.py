@@ -89,21 +89,21 @@ class Gateway:
         self.catalog = catalog.load(config.config, config.models_dir)
         self.prompts = Prompts(self.catalog)
         self._grammars = GrammarChecks()
-        self.lookups = Lane(url, cache.lookup)
+        self.lookups = Lane(url, cache.lookup, is_kept=True)
         self._touches = Lane(url, cache.touch, is_durable=False)
-        self._durable_inserts = Lane(url, accept.insert)
-        self._relaxed_inserts = Lane(url, accept.insert, is_durable=False)
-        self._keyed_inserts = Lane(url, accept.insert_once)
-        self._budgeted_inserts = Lane(url, budgets.insert)
-        self._budgeted_keyed_inserts = Lane(url, budgets.insert_once)
-        self._keys = Lane(url, accept.find_key)
-        self._retries = Lane(url, accept.find_live)
-        self.outcomes = Lane(url, job_views.outcome)
-        self.views = Lane(url, job_views.view)
-        self.payloads = Lane(url, job_views.payload)
+        self._durable_inserts = Lane(url, accept.insert, is_kept=True)
+        self._relaxed_inserts = Lane(url, accept.insert, is_durable=False, is_kept=True)
+        self._keyed_inserts = Lane(url, accept.insert_once, is_kept=True)
+        self._budgeted_inserts = Lane(url, budgets.insert, is_kept=True)
+        self._budgeted_keyed_inserts = Lane(url, budgets.insert_once, is_kept=True)
+        self._keys = Lane(url, accept.find_key, is_kept=True)
+        self._retries = Lane(url, accept.find_live, is_kept=True)
+        self.outcomes = Lane(url, job_views.outcome, is_kept=True)
+        self.views = Lane(url, job_views.view, is_kept=True)
+        self.payloads = Lane(url, job_views.payload, is_kept=True)
         self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
         # Who cancels wants to know at once, and may say it again.
-        self.cancels = Lane(url, jobs.cancel, patience_s=1.0)
+        self.cancels = Lane(url, jobs.cancel, patience_s=1.0, is_kept=True)
         # Each of a batch is a transaction of its own.
         self.deletes = Lane(url, removal.delete, max_batch=32, silence_s=_LONG_S)
         self._deletions = Lane(url, removal.find, silence_s=_LONG_S)
@@ -175,10 +175,11 @@ class Gateway:
         models = self._models(call, served)
         plan = wishes.plan_cache(call, wish.cache, self.catalog.cache)
         keys = {model.name: fingerprints.cache_key(call, model, caller.tenant) for model in models}
+        asked = [self.lookups.submit(key) for key in keys.values()] if plan.is_read else []
         if (joined := await self._join(call, caller, wish, list(keys.values()))) is not None:
             await self._take(caller, 0, joined)
             return joined
-        hit, verdict = await self._look_up(plan, wish, list(keys.values()))
+        hit, verdict = await self._look_up(plan, wish, asked)
         steps.mark("cache_ms")
         if hit is not None:
             await self.rate_limits.take(caller, 0)
@@ -385,11 +386,12 @@ class Gateway:
             raise errors.ModelNotFound("The model exists, but does not do this task.", param="model")
         return models
 
-    async def _look_up(self, plan: CachePlan, wish: Wish, keys: Sequence[bytes]) -> tuple[Hit | None, str]:
+    async def _look_up(
+        self, plan: CachePlan, wish: Wish, asked: "Sequence[asyncio.Future[Hit | None]]"
+    ) -> tuple[Hit | None, str]:
         if not plan.is_read:
             return None, f"BYPASS; {plan.reason}"
-        waiting = [self.lookups.submit(key) for key in keys]
-        hits = [hit for future in waiting if (hit := await future) is not None]
+        hits = [hit for future in asked if (hit := await future) is not None]
         if not hits:
             return None, "MISS; not stored"
         if wish.cache.max_age_s is not None and hits[0].age_s > wish.cache.max_age_s:

@@ -91,7 +91,7 @@ def insert(cursor: Cursor, jobs: Sequence[NewJob]) -> list[Inserted]:
     # In key order, so that two batches with the same keys cannot wait for each other.
     left = sorted(jobs, key=lambda job: job.coalesce_key or b"")
     made: dict[uuid.UUID, Inserted] = {}
-    for step in itertools.cycle((_lead, _known, _follow)):
+    for step in itertools.cycle((_lead, _follow)):
         made |= {row[0]: Inserted(*row) for row in step(cursor, left)}
         left = [job for job in left if job.id not in made]
         # Whoever is left after a whole round saw its leader end meanwhile, and leads in the next.
@@ -122,31 +122,28 @@ def _lead(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _known(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
-    """Those that an earlier try has inserted already."""
-    cursor.execute(f"SELECT {_INSERTED} FROM jobs WHERE id = ANY(%s)", ([job.id for job in jobs],))  # noqa: S608
-    return cursor.fetchall()
-
-
 def _follow(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
-    """Counting the followers locks their leader's row: it cannot end between this statement's look and its
-    commit, so whoever ends it sees them."""
+    """Record followers; their rows, and those that an earlier try has inserted already. Counting the followers locks
+    their leader's row: it cannot end between this statement's look and its commit, so whoever ends it sees them."""
     rows: list[tuple[Any, ...]] = execute_values(
         cursor,
         f"""
         WITH input ({_COLUMNS}) AS (VALUES %s),
+        known AS (SELECT {_INSERTED} FROM jobs WHERE id IN (SELECT id FROM input)),
+        fresh AS (SELECT * FROM input WHERE id NOT IN (SELECT id FROM known)),
         live AS (SELECT j.id FROM jobs j WHERE status IN ('queued', 'running')
-            AND coalesce_key IN (SELECT coalesce_key FROM input) ORDER BY id FOR UPDATE),
+            AND coalesce_key IN (SELECT coalesce_key FROM fresh) ORDER BY id FOR UPDATE),
         leader AS (UPDATE jobs j SET num_followers = num_followers +
-                (SELECT count(*) FROM input i WHERE i.coalesce_key = j.coalesce_key)
+                (SELECT count(*) FROM fresh f WHERE f.coalesce_key = j.coalesce_key)
             FROM live WHERE j.id = live.id RETURNING j.id, j.backend, coalesce(j.flight_id, j.id) AS flight_id,
-                j.coalesce_key)
-        INSERT INTO jobs ({_COLUMNS}, leader_id, flight_id)
-        SELECT i.id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, l.backend,
+                j.coalesce_key),
+        following AS (INSERT INTO jobs ({_COLUMNS}, leader_id, flight_id)
+        SELECT f.id, tenant, api_key_id, request_id, endpoint, task, requested_model, model, model_revision, l.backend,
             is_stream, payload, metadata, decision, 'COALESCED; joined ' || l.id, cache_key, cache_ttl_s,
             is_cache_refresh, prompt_tokens, timings, deadline_at, priority, predicted_tokens, NULL, input_price,
             output_price, reserved_tokens, reserved_on, webhook, result_ttl_s, l.id, l.flight_id
-        FROM input i JOIN leader l ON l.coalesce_key = i.coalesce_key RETURNING {_INSERTED}
+        FROM fresh f JOIN leader l ON l.coalesce_key = f.coalesce_key RETURNING {_INSERTED})
+        SELECT * FROM known UNION ALL SELECT * FROM following
         """,  # noqa: S608 - column names from this file alone
         [_row(job) for job in jobs],
         template=_TYPES,

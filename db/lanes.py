@@ -31,6 +31,7 @@ _FAIL_FAST_S = 1.0
 _PATIENT_S = 10.0
 """Lanes with more patience than this carry what nobody waits for and nobody can send again."""
 _WATCH_S = 0.25
+_IDLE_S = 60.0
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -47,7 +48,8 @@ class Lane(Generic[Item, Answer]):
 
     `patience_s`: how long it tries while Postgres is away; `silence_s`: how long one statement may stay
     without an answer before its connection is cut. `linger_s` makes every batch wait that long for company:
-    for what nobody waits for.
+    for what nobody waits for. `is_kept`: for what every call passes; it connects at once, so that no call waits for
+    that, and stays connected. Others come when they are asked, and leave when nobody has asked for a minute.
     The statement must be safe to repeat: after a lost connection the batch is sent again.
     """
 
@@ -61,7 +63,7 @@ class Lane(Generic[Item, Answer]):
         patience_s: float = 2.0,
         silence_s: float = 2.0,
         linger_s: float = 0.0,
-        on_connect: Callable[[Cursor], None] | None = None,
+        is_kept: bool = False,
     ) -> None:
         self._url = url
         self._statement = statement
@@ -70,7 +72,7 @@ class Lane(Generic[Item, Answer]):
         self._patience_s = patience_s
         self._silence_s = silence_s
         self._linger_s = linger_s
-        self._on_connect = on_connect
+        self._is_kept = is_kept
         self.name = f"switchyard-{statement.__name__}"
         """Of its thread and its session."""
         self._items: queue.SimpleQueue[_Entry[Item, Answer] | None] = queue.SimpleQueue()
@@ -112,8 +114,11 @@ class Lane(Generic[Item, Answer]):
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
+        if self._is_kept:
+            with contextlib.suppress(*session.DependencyDown):
+                self._connect()
         is_busy = False
-        while (first := self._items.get()) is not None:
+        while (first := self._next()) is not None:
             batch = [first]
             if self._linger_s or is_busy:
                 # Under load a moment's wait halves the statements, and with them Postgres's share of the CPU.
@@ -137,6 +142,13 @@ class Lane(Generic[Item, Answer]):
                 break
         if self._connection is not None:
             self._connection.close()
+
+    def _next(self) -> "_Entry[Item, Answer] | None":
+        while True:
+            try:
+                return self._items.get(timeout=None if self._is_kept or self._connection is None else _IDLE_S)
+            except queue.Empty:
+                self._drop_connection()
 
     def _parted(
         self, batch: "list[_Entry[Item, Answer]]"
@@ -202,17 +214,18 @@ class Lane(Generic[Item, Answer]):
                 pause = min(pause * 2, 1.0)
 
     def _attempt(self, items: Sequence[Item]) -> Sequence[Answer]:
-        if self._connection is None:
-            self._connection = session.connect(self._url, self.name, is_durable=self._is_durable)
-            if self._on_connect is not None:
-                with self._connection.cursor() as cursor:
-                    self._on_connect(cursor)
+        self._connect()
+        assert self._connection is not None
         self._asked_at = time.monotonic()
         try:
             with self._connection.cursor() as cursor:
                 return self._statement(cursor, items)
         finally:
             self._asked_at = None
+
+    def _connect(self) -> None:
+        if self._connection is None:
+            self._connection = session.connect(self._url, self.name, is_durable=self._is_durable)
 
     def _drop_connection(self) -> None:
         if self._connection is not None:

@@ -56,7 +56,7 @@ daemonize no
 _POSTGRES_SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
-    "max_connections": "100",
+    "max_connections": "200",
     "shared_buffers": "128MB",
     "synchronous_commit": "on",
     "max_wal_size": "1GB",

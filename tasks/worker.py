@@ -70,11 +70,13 @@ class Worker:
         log.info("worker.loading", models=list(self.models), lease_s=lease_s)
         started = time.monotonic()
         await self.backend.start()
-        self.claims = Lane(url, jobs.claim, is_durable=False, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S)
+        self.claims = Lane(
+            url, jobs.claim, is_durable=False, is_kept=True, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S
+        )
         self.claims_alone = Lane(
             url, jobs.claim_alone, is_durable=False, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S
         )
-        self.finishes = Lane(url, jobs.finish, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S)
+        self.finishes = Lane(url, jobs.finish, is_kept=True, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S)
         self._ends = Lane(url, jobs.end, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S)
         self._landings = Lane(url, _land, patience_s=_FINISH_PATIENCE_S, silence_s=_SILENCE_S)
         self._owned = Lane(url, jobs.owned)

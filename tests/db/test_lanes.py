@@ -67,6 +67,37 @@ async def test_a_lane_outlives_a_restart_of_postgres_and_gives_up_in_time(tmp_pa
         await hasty.close()
 
 
+async def test_only_a_kept_lane_connects_unasked_and_stays(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(cursor: Cursor, items: Sequence[int]) -> list[int]:
+        return list(items)
+
+    def guest(cursor: Cursor, items: Sequence[int]) -> list[int]:
+        return list(items)
+
+    def connected() -> set[str]:
+        watcher.execute("SELECT application_name FROM pg_stat_activity WHERE application_name LIKE 'switchyard-%%'")
+        return {row[0] for row in watcher.fetchall()} & {"switchyard-kept", "switchyard-guest"}
+
+    async def until(names: set[str]) -> None:
+        for _ in range(500):
+            if connected() == names:
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(connected())
+
+    monkeypatch.setattr("db.lanes._IDLE_S", 0.3)
+    with contextlib.closing(session.connect(database_url, "tests")) as connection, connection.cursor() as watcher:
+        lanes = Lane(database_url, kept, is_kept=True), Lane(database_url, guest)
+        await until({"switchyard-kept"})
+        for number in range(2):
+            assert [await lane.submit(number) for lane in lanes] == [number, number]
+            await until({"switchyard-kept", "switchyard-guest"})
+            await until({"switchyard-kept"})
+        for lane in lanes:
+            await lane.close()
+        await until(set())
+
+
 async def test_a_cancelled_caller_disturbs_nobody(database_url: str) -> None:
     def statement(cursor: Cursor, items: Sequence[int]) -> list[int]:
         cursor.execute("SELECT pg_sleep(0.05)")

@@ -307,7 +307,7 @@ def no_connections(lab: Lab) -> list[float]:
     pids = {name: lab.stack.processes[name].pid for name in ("worker-a", "worker-b")}
     with lab.supervised(), lab.traffic(), contextlib.ExitStack() as held:
         lab.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'switchyard-%%'")
-        for _ in range(150):
+        for _ in range(250):
             with contextlib.suppress(*session.DependencyDown):
                 held.enter_context(contextlib.closing(session.connect(lab.url, "hoarder")))
         time.sleep(3)

@@ -106,7 +106,7 @@ def _without_admin(scopes: list[Any]) -> list[str]:
 async def _ask(request: Request, work: Callable[[Cursor], Result]) -> Result:
     gateway: Gateway = request.app.state.gateway
     try:
-        result: Result = await gateway.admin.submit(work)
+        result: Result = await gateway.ledger.admin.submit(work)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     return result

@@ -141,7 +141,7 @@ async def watched(gateway: Gateway, made: Accepted, caller: ApiKey, wish: Wish,
 async def accepted(gateway: Gateway, made: Accepted, caller: ApiKey, headers: dict[str, str]) -> Response:
     """202: the job goes on by itself; 200 where it is an earlier one that has ended."""
     try:
-        view = await gateway.views.submit((made.job_id, caller.tenant))
+        view = await gateway.ledger.views.submit((made.job_id, caller.tenant))
     except LaneDown:
         view = None
     body = (

@@ -10,11 +10,10 @@ from api.batch_lines import Mistake, Raw, Splitter
 from catalog import Catalog
 from db import batches, files
 from db.batches import Batch, NewItem, Valid
-from db.lanes import Lane
+from db.lanes import LONG_S, Lane
 
 log = structlog.get_logger()
 
-_LONG_S = 6.0
 _MOST_ERRORS = 100
 _PAGE_LINES = 1000
 
@@ -23,10 +22,10 @@ class Validator:
     """The lanes that it needs. Made inside the event loop."""
 
     def __init__(self, database_url: str) -> None:
-        self._reads = Lane(database_url, files.read, silence_s=_LONG_S)
-        self._add_items = Lane(database_url, batches.add_items, silence_s=_LONG_S)
+        self._reads = Lane(database_url, files.read, silence_s=LONG_S)
+        self._add_items = Lane(database_url, batches.add_items, silence_s=LONG_S)
         self._begins = Lane(database_url, batches.begin)
-        self._fails = Lane(database_url, batches.fail, silence_s=_LONG_S)
+        self._fails = Lane(database_url, batches.fail, silence_s=LONG_S)
 
     async def close(self) -> None:
         for lane in (self._reads, self._add_items, self._begins, self._fails):

@@ -34,7 +34,7 @@ from db.api_keys import ApiKey
 from db.batches import MARK, Answer, Batch, Item, Wanted
 from db.cache import Hit
 from db.job_views import Outcome
-from db.lanes import Lane, LaneDown
+from db.lanes import LONG_S, Lane, LaneDown
 from db.models import BatchStatus, JobStatus
 from tasks import logs, metrics, server_settings
 from tasks.call import Call
@@ -50,7 +50,6 @@ _REFRESH_S = 0.5
 _TICK_S = 0.02
 """Outcomes of so long are answered with new jobs at once: jobs made together share their statements."""
 _LATER_S = 2.0
-_LONG_S = 6.0
 _LONGEST_S = 8 * 86_400.0
 """More than the longest window: what is late ends by its deadline."""
 _LONGEST_PAUSE_S = 60.0
@@ -148,14 +147,14 @@ class Batcher:
         self._gateway = Gateway(config)
         self._validator = Validator(url)
         self._keys = Lane(url, api_keys.by_id)
-        self._items = Lane(url, batches.items, silence_s=_LONG_S)
-        self._models = Lane(url, batches.models, silence_s=_LONG_S)
+        self._items = Lane(url, batches.items, silence_s=LONG_S)
+        self._models = Lane(url, batches.models, silence_s=LONG_S)
         self._left = Lane(url, batches.left)
         self._others = Lane(url, batches.others)
-        self._settles = Lane(url, batches.settle, max_batch=512, linger_s=0.05, silence_s=_LONG_S)
+        self._settles = Lane(url, batches.settle, max_batch=512, linger_s=0.05, silence_s=LONG_S)
         self._finals = Lane(url, batches.finalize)
-        self._ends = Lane(url, batches.end, silence_s=_LONG_S)
-        self._forgets = Lane(url, batches.forget_items, silence_s=_LONG_S)
+        self._ends = Lane(url, batches.end, silence_s=LONG_S)
+        self._forgets = Lane(url, batches.forget_items, silence_s=LONG_S)
         self._connection: session.Connection | None = None
         self._is_leader = False
         self._runs: dict[uuid.UUID, _Run] = {}
@@ -342,7 +341,7 @@ class Batcher:
     def _backends(self, run: _Run, model: str) -> Iterator[str]:
         """Where the router may send a batch's calls of a model: elsewhere only while its own backends are away.
         None at all: a model that is gone, or no longer for this key."""
-        served, loads = self._gateway.catalog_for(run.caller), self._gateway.loads
+        served, loads = self._gateway.catalog_for(run.caller), self._gateway.survey.loads
         if model == "auto":
             task = schemas.ENDPOINTS[run.batch.endpoint].task
             for spec in served.models.values():
@@ -359,7 +358,7 @@ class Batcher:
     def _room(self, backend: str) -> int:
         """Slots that nobody uses, and a few more, so that a worker finds its next job waiting: these are the
         only batch jobs in a queue, and there are none while others wait in it."""
-        load = self._gateway.loads.get(backend, Load())
+        load = self._gateway.survey.loads.get(backend, Load())
         others = self._foreign.get(backend, 0)
         if not load.is_ready or others >= load.slots:
             return 0
@@ -502,7 +501,7 @@ class Batcher:
             for (line, custom_id), state in zip(page, states, strict=True):
                 outcome = None
                 if state not in (None, JobStatus.CANCELLED):
-                    outcome = await self._gateway.outcomes.submit(run.job_id(line))
+                    outcome = await self._gateway.ledger.outcomes.submit(run.job_id(line))
                 is_answered = outcome is not None and outcome.status in (JobStatus.SUCCEEDED, JobStatus.FAILED)
                 answer = (
                     self._of(run, line, custom_id, outcome)

@@ -18,7 +18,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 async def stats(request: Request, caller: ApiKey) -> Response:
     gateway: Gateway = request.app.state.gateway
     try:
-        found = await gateway.cache_stats.submit(_tenant(caller))
+        found = await gateway.ledger.cache_stats.submit(_tenant(caller))
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     return Response(orjson.dumps({"object": "list", "data": found}), media_type="application/json")
@@ -31,7 +31,7 @@ async def purge(request: Request, caller: ApiKey, key: str | None, model: str | 
     gateway.recent_hits.clear()
     raw = None if key is None else bytes.fromhex(key)
     try:
-        removed = await gateway.purges.submit(Purge(tenant=_tenant(caller), key=raw, model=model))
+        removed = await gateway.ledger.purges.submit(Purge(tenant=_tenant(caller), key=raw, model=model))
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     return Response(orjson.dumps({"object": "cache.purge", "removed": removed}), media_type="application/json")

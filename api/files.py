@@ -9,14 +9,13 @@ from starlette.requests import Request
 from api import errors, ids, uploads
 from db import files
 from db.files import Chunk, Finished, StoredFile
-from db.lanes import Lane, LaneDown
+from db.lanes import LONG_S, Lane, LaneDown
 
 log = structlog.get_logger()
 
 _MOST_UPLOADS = 32
 """Each holds a chunk or two in memory."""
 _PIECE_BYTES = 65_536
-_LONG_S = 6.0
 
 
 class Files:
@@ -24,13 +23,13 @@ class Files:
     transfers take turns and a slow client holds none of the connections."""
 
     def __init__(self, database_url: str) -> None:
-        self._puts = Lane(database_url, files.put, is_durable=False, max_batch=4, silence_s=_LONG_S)
+        self._puts = Lane(database_url, files.put, is_durable=False, max_batch=4, silence_s=LONG_S)
         self._finishes = Lane(database_url, files.finish)
-        self._drops = Lane(database_url, files.drop, silence_s=_LONG_S)
-        self._reads = Lane(database_url, files.read, max_batch=4, silence_s=_LONG_S)
+        self._drops = Lane(database_url, files.drop, silence_s=LONG_S)
+        self._reads = Lane(database_url, files.read, max_batch=4, silence_s=LONG_S)
         self.views = Lane(database_url, files.view)
-        self.pages = Lane(database_url, files.find, silence_s=_LONG_S)
-        self.deletes = Lane(database_url, files.delete, max_batch=1, silence_s=_LONG_S)
+        self.pages = Lane(database_url, files.find, silence_s=LONG_S)
+        self.deletes = Lane(database_url, files.delete, max_batch=1, silence_s=LONG_S)
         self._num_uploads = 0
 
     async def close(self) -> None:

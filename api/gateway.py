@@ -9,50 +9,45 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
 
 import orjson
 import structlog
 
 import catalog
 import settings
-from api import errors, fingerprints, ids, refusals, views, wishes
+from api import errors, fingerprints, ids, refusals, wishes
 from api.grammar_checks import GrammarChecks
+from api.ledger import Ledger
 from api.prompts import Prompts
 from api.rate_limits import RateLimits
 from api.recent_hits import RecentHits
 from api.stream_frames import EndpointFrames, StreamFrames
+from api.survey import Survey
 from api.wishes import CachePlan, Wish
 from catalog import Catalog, ModelSpec
-from db import accept, budgets, cache, job_views, jobs, removal, request_log, session, usage, webhooks, workers
-from db.accept import Idempotency, Inserted, NewJob, Reserved, Retry
+from db.accept import Idempotency, NewJob, Reserved, Retry
 from db.api_keys import ApiKey
 from db.budgets import Refused
 from db.cache import Hit
-from db.job_views import Backlog, DeadLetters, Depth, Outcome, View
-from db.lanes import Lane, LaneDown
+from db.job_views import DeadLetters, Outcome
+from db.lanes import LaneDown
 from db.models import TERMINAL, JobStatus
 from db.removal import Deletion
-from db.session import Cursor
 from tasks import inference, metrics, replay, router, transport, webhook_post
 from tasks.call import Call
-from tasks.fair_share import FairShare, Level, Priority
+from tasks.fair_share import Level, Priority
 from tasks.identity import Identity
 from tasks.limiter import Limiter
-from tasks.router import Decision, Load
+from tasks.router import Decision
 from tasks.stream import Interrupted, Subscriber, Watch
 
 log = structlog.get_logger()
-
-Recorded = TypeVar("Recorded", Inserted, Reserved)
 
 _SURVEY_S = 0.5
 _SWEEP_S = 1.0
 _KEEP_ALIVE_S = 10.0
 _TOUCH_S = 5.0
 _MOST_NARROWED = 1000
-_LONG_S = 6.0
-"""For statements whose work grows with the tables: a little more than Postgres's own limit."""
 
 
 @dataclass(slots=True)
@@ -84,66 +79,26 @@ class Gateway:
     """What one gateway process owns, and what it does with calls. Made inside the event loop."""
 
     def __init__(self, config: settings.Settings) -> None:
-        url = config.database_url
         self.config = config
         self.catalog = catalog.load(config.config, config.models_dir)
         self.prompts = Prompts(self.catalog)
         self._grammars = GrammarChecks()
-        self.lookups = Lane(url, cache.lookup, is_kept=True)
-        self._touches = Lane(url, cache.touch, is_durable=False)
-        self._durable_inserts = Lane(url, accept.insert, is_kept=True)
-        self._relaxed_inserts = Lane(url, accept.insert, is_durable=False, is_kept=True)
-        self._keyed_inserts = Lane(url, accept.insert_once, is_kept=True)
-        self._budgeted_inserts = Lane(url, budgets.insert, is_kept=True)
-        self._budgeted_keyed_inserts = Lane(url, budgets.insert_once, is_kept=True)
-        self._keys = Lane(url, accept.find_key, is_kept=True)
-        self._retries = Lane(url, accept.find_live, is_kept=True)
-        self.outcomes = Lane(url, job_views.outcome, is_kept=True)
-        self.views = Lane(url, job_views.view, is_kept=True)
-        self.payloads = Lane(url, job_views.payload, is_kept=True)
-        self.pages = Lane(url, job_views.find, silence_s=_LONG_S)
-        # Who cancels wants to know at once, and may say it again.
-        self.cancels = Lane(url, jobs.cancel, patience_s=1.0, is_kept=True)
-        # Each of a batch is a transaction of its own.
-        self.deletes = Lane(url, removal.delete, max_batch=32, silence_s=_LONG_S)
-        self._deletions = Lane(url, removal.find, silence_s=_LONG_S)
-        self.webhook_secrets = Lane(url, webhooks.list_secrets)
-        self.new_webhook_secrets = Lane(url, webhooks.create_secret)
-        self.webhook_pages = Lane(url, webhooks.find, silence_s=_LONG_S)
-        self.redeliveries = Lane(url, webhooks.redeliver)
+        self.ledger = Ledger(config.database_url)
         self.webhook_networks = webhook_post.networks(config.webhook_networks)
-        self._dead_letters = Lane(url, job_views.dead_letters, silence_s=_LONG_S)
-        self._requeues = Lane(url, budgets.retry)
-        self.purges = Lane(url, cache.purge, silence_s=_LONG_S)
-        # One piece of work at a time and once: what it does need not be safe to repeat.
-        self.admin = Lane(url, _in_turn, max_batch=1, patience_s=0.0, silence_s=_LONG_S)
-        self.usage = Lane(url, usage.find, silence_s=_LONG_S)
-        self.cache_stats = Lane(url, cache.stats, silence_s=_LONG_S)
-        self.log_entries = Lane(url, request_log.append, is_durable=False, linger_s=0.1, max_batch=5000)
-        self._surveys = Lane(url, self._described)
-        self._ended = Lane(url, job_views.ended)
-        self._aheads = Lane(url, self._count_ahead, silence_s=_LONG_S)
-        self._clock_ahead_s = 0.0
-        """Postgres's clock less this machine's."""
         self._redis = transport.connect(config.redis_url)
         self._outbox = transport.Outbox(self._redis)
-        self._shares = FairShare()
         # The batcher is a gateway too: its lines count against the same limits.
         self.rate_limits = RateLimits(Limiter(self._redis, num_processes=config.gateway_processes + 1))
-        self.subscriber = Subscriber(config.redis_url, self._shares.ended)
-        self.loads: dict[str, Load] = {}
-        self._quarantined: frozenset[bytes] = frozenset()
-        """Cache keys of requests that killed their workers lately."""
+        self.survey = Survey(config, self.catalog, self.rate_limits)
+        self.subscriber = Subscriber(config.redis_url, self.survey.shares.ended)
         self._is_out_of_time = False
         self._loop = asyncio.get_running_loop()
-        self.surveyed_at = float("-inf")
-        """time.monotonic() of the last time Postgres described its workers and queues."""
         self._hits: dict[bytes, int] = {}
         self.recent_hits = RecentHits(self._hits)
         self._narrowed: dict[tuple[str, ...], Catalog] = {}
         """By the models of a key."""
         self._background = [
-            asyncio.create_task(self._every(_SURVEY_S, self._survey), name="survey"),
+            asyncio.create_task(self._every(_SURVEY_S, self.survey.refresh), name="survey"),
             asyncio.create_task(self._every(_SWEEP_S, self._sweep), name="sweep"),
             asyncio.create_task(self._every(_TOUCH_S, self._touch), name="touch"),
         ]
@@ -156,8 +111,7 @@ class Gateway:
         await self._outbox.close()
         await self._redis.aclose()
         await self._grammars.close()
-        lanes = [value for value in vars(self).values() if isinstance(value, Lane)]
-        await asyncio.gather(*[lane.close() for lane in lanes])
+        await asyncio.gather(self.ledger.close(), self.survey.close())
 
     def stop_waiting_in(self, seconds: float) -> None:
         """The process is being replaced: whoever still waits or streams by then is told to ask another."""
@@ -175,7 +129,7 @@ class Gateway:
         models = self._models(call, served)
         plan = wishes.plan_cache(call, wish.cache, self.catalog.cache)
         keys = {model.name: fingerprints.cache_key(call, model, caller.tenant) for model in models}
-        asked = [self.lookups.submit(key) for key in keys.values()] if plan.is_read else []
+        asked = [self.ledger.lookups.submit(key) for key in keys.values()] if plan.is_read else []
         if (joined := await self._join(call, caller, wish, list(keys.values()))) is not None:
             await self._take(caller, 0, joined)
             return joined
@@ -196,7 +150,7 @@ class Gateway:
         assert isinstance(ready, Call)
         if ready.model != decision.chosen.model:
             ready = replace(ready, model=decision.chosen.model)
-        if keys[ready.model] in self._quarantined:
+        if keys[ready.model] in self.survey.quarantined:
             raise errors.Quarantined()
         await self.rate_limits.take(caller, ready.most_tokens)
         if plan.is_refresh:
@@ -273,7 +227,7 @@ class Gateway:
 
     async def cancel(self, job_id: uuid.UUID, tenant: str) -> JobStatus | None:
         """Cancel for good; the state afterwards, None if the tenant has no such job."""
-        status = await self.cancels.submit((job_id, tenant))
+        status = await self.ledger.cancels.submit((job_id, tenant))
         if status is JobStatus.CANCELLED:
             self._outbox.send("PUBLISH", transport.STOP_CHANNEL, orjson.dumps([str(job_id)]))
             self._outbox.send("PUBLISH", transport.DONE_CHANNEL, orjson.dumps([[str(job_id), status]]))
@@ -289,17 +243,17 @@ class Gateway:
     async def retry_all(self, wanted: DeadLetters) -> int:
         """Queue the failed jobs that match again; how many they were."""
         assert wanted.tenant is not None
-        ids = await self._dead_letters.submit(wanted)
+        ids = await self.ledger.dead_letters.submit(wanted)
         return (await asyncio.gather(*[self._requeue(job_id, wanted.tenant) for job_id in ids])).count(True)
 
     async def delete_all(self, wanted: Deletion) -> tuple[int, int]:
         """Delete the ended jobs that match; how many were found and how many are gone by this."""
-        found = await self._deletions.submit(wanted)
-        states = await asyncio.gather(*[self.deletes.submit(one) for one in found])
+        found = await self.ledger.deletions.submit(wanted)
+        states = await asyncio.gather(*[self.ledger.deletes.submit(one) for one in found])
         return len(found), sum(state in TERMINAL for state in states)
 
     async def _requeue(self, job_id: uuid.UUID, tenant: str) -> bool | Refused:
-        found = await self._requeues.submit((job_id, tenant))
+        found = await self.ledger.requeues.submit((job_id, tenant))
         if isinstance(found, Refused):
             return found
         if found is not None:
@@ -326,26 +280,14 @@ class Gateway:
             known = self._narrowed[caller.models] = self.catalog.narrowed(caller.models)
         return known
 
-    def model_state(self, model: ModelSpec) -> str:
-        """ready, loading or down, by the best of the model's backends."""
-        loads = [self.loads.get(name, Load()) for name in model.entry.backends]
-        if any(load.is_ready for load in loads):
-            return "ready"
-        return "loading" if any(load.is_loading for load in loads) else "down"
-
-    @property
-    def is_surveying(self) -> bool:
-        """Whether Postgres answered lately."""
-        return time.monotonic() - self.surveyed_at < 4.0
-
     async def _join(self, call: Call, caller: ApiKey, wish: Wish, keys: Sequence[bytes]) -> Accepted | None:
         """The job that an earlier sending of this request made, if the caller says that there was one."""
         if wish.idempotency_key is not None:
-            held = await self._keys.submit((caller.id, wish.idempotency_key))
+            held = await self.ledger.keys.submit((caller.id, wish.idempotency_key))
             if held is not None:
                 return await self._rejoin(held, fingerprints.request(call, wish), call, caller)
         elif wish.is_retry:
-            job_id = await self._retries.submit(Retry(caller.id, tuple(keys), call.stream))
+            job_id = await self.ledger.retries.submit(Retry(caller.id, tuple(keys), call.stream))
             if job_id is not None:
                 return await self._watch_again(job_id, call, caller)
         return None
@@ -366,7 +308,7 @@ class Gateway:
     async def _watch_again(self, job_id: uuid.UUID, call: Call, caller: ApiKey) -> Accepted:
         watch = self.subscriber.watch(job_id)
         try:
-            view = await self.views.submit((job_id, caller.tenant))
+            view = await self.ledger.views.submit((job_id, caller.tenant))
             if view is None:
                 raise errors.JobNotFound("The job of this Idempotency-Key has been deleted.")
         except BaseException:
@@ -418,10 +360,10 @@ class Gateway:
                mistakes: dict[str, errors.APIError], caller: ApiKey, wish: Wish) -> Decision:  # fmt: skip
         tenant, weight = caller.tenant, caller.tenant_weight
         crowded = [name for name, backend in self.catalog.backends.items()
-                   if not self._shares.may_queue(name, tenant, backend.entry.max_queued, weight)]  # fmt: skip
-        levels = {name: self._shares.level(name, tenant, wish.priority, load.slots, weight)
-                  for name, load in self.loads.items()}  # fmt: skip
-        decision = router.choose(served, call, tokenised, self.loads, can_wait=wish.is_async, crowded=crowded,
+                   if not self.survey.shares.may_queue(name, tenant, backend.entry.max_queued, weight)]  # fmt: skip
+        levels = {name: self.survey.shares.level(name, tenant, wish.priority, load.slots, weight)
+                  for name, load in self.survey.loads.items()}  # fmt: skip
+        decision = router.choose(served, call, tokenised, self.survey.loads, can_wait=wish.is_async, crowded=crowded,
                                  within_ms=self._left_ms(caller, wish), levels=levels)  # fmt: skip
         if decision.chosen is None:
             raise refusals.of(decision, mistakes)
@@ -438,20 +380,8 @@ class Gateway:
         timeout_s = wish.timeout_s or caller.timeout_s
         left = [] if timeout_s is None else [timeout_s]
         if wish.deadline is not None:
-            left.append(wish.deadline - time.time() - self._clock_ahead_s)
+            left.append(wish.deadline - self.survey.now())
         return min(left) * 1000 if left else None
-
-    async def queue_of(self, view: View) -> dict[str, Any] | None:
-        """Where a queued job stands, and when its answer may be expected; None once it runs, or where it waits for
-        another's run."""
-        if view.status != JobStatus.QUEUED or view.leader_id is not None:
-            return None
-        ahead = await self._aheads.submit(view.id)
-        model, load = self.catalog.models.get(view.model), self.loads.get(view.backend, Load())
-        return views.queue(view, ahead, {} if model is None else router.expected(None, model, load, ahead))
-
-    def _count_ahead(self, cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[int]:
-        return job_views.ahead(cursor, ids, list(Level))
 
     def _new_job(self, call: Call, caller: ApiKey, wish: Wish, request_id: str, decision: Decision, verdict: str,
                  plan: CachePlan, keys: dict[str, bytes], timings: dict[str, float]) -> NewJob:  # fmt: skip
@@ -497,7 +427,9 @@ class Gateway:
         the call as it came, by which its next sending is recognised."""
         watch = self.subscriber.watch(job.id, is_recorded=False)
         try:
-            inserted = await self._insert(job, asked, caller, wish)
+            # Whoever waits for the answer itself is promised nothing before it.
+            is_promised = job.is_stream or wish.is_async or wish.wait_s < 1.0
+            inserted = await self.ledger.insert(job, _idempotency(caller, wish, asked), is_promised=is_promised)
         except BaseException:
             watch.close()
             raise
@@ -508,40 +440,16 @@ class Gateway:
         if inserted.leader_id is None:
             is_first = wish.priority is Priority.PRIORITY and decision.level is Level.WITHIN_SHARE
             inference.enqueue(self._outbox, [(job.id, job.backend, job.task)], decision.level, is_first=is_first)
-            self._count_queued(job)
+            self.survey.count_queued(job)
         log.info("job.accepted", job_id=str(job.id), request_id=job.request_id, model=job.model,
                  backend=inserted.backend, endpoint=job.endpoint, prompt_tokens=job.prompt_tokens,
                  leader_id=None if inserted.leader_id is None else str(inserted.leader_id))  # fmt: skip
         return Accepted(job.id, inserted.flight_id, call, job.model, inserted.backend, decision.reason,
                         int(inserted.created_at.timestamp()), inserted.cache_verdict, watch)  # fmt: skip
 
-    async def _insert(self, job: NewJob, asked: Call, caller: ApiKey, wish: Wish) -> Inserted | Reserved:
-        """Record the job; or learn that another request with the same Idempotency-Key was quicker.
-
-        Whoever waits for the answer itself is promised nothing before it, and the answer's own commit
-        carries this row to the disk with it; only they get the relaxed insert, one fsync less.
-        """
-        if wish.idempotency_key is not None:
-            key = Idempotency(caller.id, wish.idempotency_key, fingerprints.request(asked, wish))
-            if caller.has_budget:
-                reserved = _admitted(await self._budgeted_keyed_inserts.submit((key, job)))
-            else:
-                reserved = await self._keyed_inserts.submit((key, job))
-            return reserved.inserted or reserved
-        if caller.has_budget:
-            return _admitted(await self._budgeted_inserts.submit(job))
-        is_promised = job.is_stream or wish.is_async or wish.wait_s < 1.0
-        return await (self._durable_inserts if is_promised else self._relaxed_inserts).submit(job)
-
-    def _count_queued(self, job: NewJob) -> None:
-        """Between two surveys the queue is at least as deep as what this process added."""
-        load = self.loads.get(job.backend, Load())
-        self.loads[job.backend] = load.with_one_more(job.prompt_tokens)
-        self._shares.add(str(job.id), job.backend, job.tenant, max(job.predicted_tokens, 1))
-
     async def _outcome(self, job_id: uuid.UUID) -> Outcome | None:
         try:
-            return await self.outcomes.submit(job_id)
+            return await self.ledger.outcomes.submit(job_id)
         except LaneDown:
             raise errors.DependencyUnavailable() from None
 
@@ -556,48 +464,21 @@ class Gateway:
                 log.exception("gateway.background_failed", work=work.__name__)
             await asyncio.sleep(period_s)
 
-    def _described(self, cursor: Cursor, items: Sequence[None]) -> "list[_Described]":
-        quarantined = job_views.quarantined(cursor, self.config.quarantine_s)
-        if self.rate_limits.is_used:
-            # Each gateway has one session for this very statement, and loses it with its life.
-            self.rate_limits.limiter.num_processes = session.count(cursor, self._surveys.name)
-        backlogs = job_views.backlogs(cursor)
-        ahead_s = session.clock(cursor) - time.time()
-        return [_Described(workers.alive(cursor), job_views.depths(cursor), backlogs, quarantined, ahead_s)] * len(
-            items
-        )
-
-    async def _survey(self) -> None:
-        found = await self._surveys.submit(None)
-        lives, depths, self._quarantined = found.lives, found.depths, found.quarantined
-        self._shares.update(found.backlogs)
-        self._clock_ahead_s = found.clock_ahead_s
-        nothing = Depth(0, 0, 0, 0.0)
-        self.loads = {
-            name: Load.of((life for life in lives if life.backend == name), depths.get(name, nothing))
-            for name in self.catalog.backends
-        }
-        self.surveyed_at = time.monotonic()
-
     async def _sweep(self) -> None:
         """One question a second for all who wait: Redis may have lost the news of their job's end."""
         if watched := self.subscriber.watched:
-            self.subscriber.ended(map(str, await self._ended.submit(watched)))
+            self.subscriber.ended(map(str, await self.ledger.ended.submit(watched)))
 
     async def _touch(self) -> None:
         hits = dict(self._hits)
         self._hits.clear()
-        await asyncio.gather(*[self._touches.submit(hit) for hit in hits.items()])
+        await asyncio.gather(*[self.ledger.touches.submit(hit) for hit in hits.items()])
 
 
-def _admitted(answer: "Recorded | Refused") -> "Recorded":
-    if isinstance(answer, Refused):
-        raise refusals.of_budget(answer)
-    return answer
-
-
-def _in_turn(cursor: Cursor, works: Sequence[Callable[[Cursor], Any]]) -> list[Any]:
-    return [work(cursor) for work in works]
+def _idempotency(caller: ApiKey, wish: Wish, asked: Call) -> Idempotency | None:
+    if wish.idempotency_key is None:
+        return None
+    return Idempotency(caller.id, wish.idempotency_key, fingerprints.request(asked, wish))
 
 
 class _Steps:
@@ -611,12 +492,3 @@ class _Steps:
         now = time.perf_counter()
         self.done[name] = round((now - self._last) * 1000, 3)
         self._last = now
-
-
-@dataclass(frozen=True, slots=True)
-class _Described:
-    lives: list[workers.Life]
-    depths: dict[str, Depth]
-    backlogs: list[Backlog]
-    quarantined: frozenset[bytes]
-    clock_ahead_s: float

@@ -64,7 +64,7 @@ def metadata_of(request: Request) -> str | None:
 async def page(request: Request, wanted: Filter) -> Response:
     gateway: Gateway = request.app.state.gateway
     try:
-        found = await gateway.pages.submit(wanted)
+        found = await gateway.ledger.pages.submit(wanted)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     shown = found[: wanted.limit]
@@ -86,7 +86,7 @@ async def get(request: Request, caller: ApiKey, job_id: UUID, wait_s: float) -> 
         if wait_s and view.status not in TERMINAL:
             await gateway.wait(watch, wait_s)
             view = await _view(gateway, caller, job_id)
-        queue = await gateway.queue_of(view)
+        queue = await gateway.survey.queue_of(view)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     finally:
@@ -96,18 +96,20 @@ async def get(request: Request, caller: ApiKey, job_id: UUID, wait_s: float) -> 
 
 async def result(request: Request, caller: ApiKey, job_id: UUID) -> Response:
     gateway: Gateway = request.app.state.gateway
-    view = await _view(gateway, caller, job_id)
-    if view.status not in TERMINAL:
-        return _json(views.job(view), 202, {"Retry-After": "1"})
-    if view.endpoint == RESPONSES and view.status == JobStatus.SUCCEEDED:
-        call, flight_id = await _call(gateway, job_id)
-        return await response_answers.result(gateway, view, flight_id, call)
     try:
-        outcome = await gateway.outcomes.submit(job_id)
+        outcome = await gateway.ledger.outcomes.submit(job_id)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
-    if outcome is None or outcome.status is not JobStatus.SUCCEEDED:
+    if outcome is None or not (caller.is_admin or outcome.tenant == caller.tenant):
+        raise errors.JobNotFound()
+    if outcome.status not in TERMINAL:
+        return _json(views.job(await _view(gateway, caller, job_id)), 202, {"Retry-After": "1"})
+    if outcome.status is not JobStatus.SUCCEEDED:
         raise gateway.error_of(outcome)
+    if outcome.endpoint == RESPONSES:
+        view = await _view(gateway, caller, job_id)
+        call, flight_id = await _call(gateway, job_id)
+        return await response_answers.result(gateway, view, flight_id, call)
     headers = {"x-job-id": str(job_id), "x-model-used": outcome.model, "x-backend": outcome.backend}
     return Response(outcome.body, 200, headers | answers.times(outcome), "application/json")
 
@@ -160,7 +162,7 @@ async def delete(request: Request, caller: ApiKey, job_id: UUID) -> Response:
     gateway: Gateway = request.app.state.gateway
     view = await _view(gateway, caller, job_id)
     try:
-        status = await gateway.deletes.submit((job_id, view.tenant))
+        status = await gateway.ledger.deletes.submit((job_id, view.tenant))
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if status is not None and status not in TERMINAL:
@@ -211,7 +213,7 @@ async def explain(request: Request, caller: ApiKey, job_id: UUID) -> Response:
 async def _call(gateway: Gateway, job_id: UUID) -> tuple[Call, UUID]:
     """The stored call, and under whose name its events are kept."""
     try:
-        stored = await gateway.payloads.submit(job_id)
+        stored = await gateway.ledger.payloads.submit(job_id)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if stored is None:
@@ -222,7 +224,7 @@ async def _call(gateway: Gateway, job_id: UUID) -> tuple[Call, UUID]:
 async def _view(gateway: Gateway, caller: ApiKey, job_id: UUID) -> View:
     """The caller's own job; an admin's key sees every tenant's."""
     try:
-        view = await gateway.views.submit((job_id, None if caller.is_admin else caller.tenant))
+        view = await gateway.ledger.views.submit((job_id, None if caller.is_admin else caller.tenant))
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if view is None:

@@ -94,7 +94,7 @@ def _model(gateway: Gateway, model: ModelSpec) -> dict[str, object]:
         "backends": model.entry.backends,
         "aliases": model.entry.aliases,
         "revision": model.revision,
-        "state": gateway.model_state(model),
+        "state": gateway.survey.model_state(model),
     }
 
 

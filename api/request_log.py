@@ -78,4 +78,4 @@ def _account(scope: Scope, entry: Entry, seconds: float) -> None:
     gateway: Gateway | None = getattr(scope["app"].state, "gateway", None)
     if gateway is not None:
         # Nobody waits for this line: an answer is not held up, nor lost, for its own account.
-        gateway.log_entries.send(entry)
+        gateway.ledger.log_entries.send(entry)

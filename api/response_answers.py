@@ -116,7 +116,7 @@ async def delete(request: Request, caller: ApiKey, response_id: str) -> Response
     found = await _find(gateway, caller, response_id)
     try:
         await gateway.cancel(found.view.id, found.view.tenant)
-        await gateway.deletes.submit((found.view.id, found.view.tenant))
+        await gateway.ledger.deletes.submit((found.view.id, found.view.tenant))
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     return _json({"id": response_id, "object": "response", "deleted": True})
@@ -181,8 +181,8 @@ async def _find(gateway: Gateway, caller: ApiKey, response_id: str) -> _Found:
         raise errors.ResponseNotFound()
     job_id = UUID(name)
     try:
-        viewing = gateway.views.submit((job_id, None if caller.is_admin else caller.tenant))
-        loading = gateway.payloads.submit(job_id)
+        viewing = gateway.ledger.views.submit((job_id, None if caller.is_admin else caller.tenant))
+        loading = gateway.ledger.payloads.submit(job_id)
         view, stored = await viewing, await loading
     except LaneDown:
         raise errors.DependencyUnavailable() from None
@@ -204,7 +204,7 @@ async def _shown(gateway: Gateway, found: _Found) -> dict[str, Any]:
     if view.status not in TERMINAL:
         return response_object.pending(found.origin, view.status)
     try:
-        outcome = await gateway.outcomes.submit(view.id)
+        outcome = await gateway.ledger.outcomes.submit(view.id)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if outcome is None:

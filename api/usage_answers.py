@@ -48,7 +48,7 @@ def wanted(caller: ApiKey, period: Period, group_by: str, tenant: str | None, ap
 async def find(request: Request, wanted: Wanted) -> Response:
     gateway: Gateway = request.app.state.gateway
     try:
-        found = await gateway.usage.submit(wanted)
+        found = await gateway.ledger.usage.submit(wanted)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     body = {

@@ -25,7 +25,7 @@ async def check(gateway: Gateway, caller: ApiKey, url: str) -> None:
     except webhook_post.Refused as refusal:
         raise errors.InvalidValue(f"webhook.url {refusal}.", param="webhook.url") from None
     try:
-        living = await gateway.webhook_secrets.submit(caller.tenant)
+        living = await gateway.ledger.webhook_secrets.submit(caller.tenant)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if not living:
@@ -35,7 +35,7 @@ async def check(gateway: Gateway, caller: ApiKey, url: str) -> None:
 async def create_secret(request: Request, caller: ApiKey) -> Response:
     gateway: Gateway = request.app.state.gateway
     try:
-        made, text = await gateway.new_webhook_secrets.submit(caller.tenant)
+        made, text = await gateway.ledger.new_webhook_secrets.submit(caller.tenant)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     return _json(_secret(made) | {"secret": text}, 201)
@@ -44,7 +44,7 @@ async def create_secret(request: Request, caller: ApiKey) -> Response:
 async def list_secrets(request: Request, caller: ApiKey) -> Response:
     gateway: Gateway = request.app.state.gateway
     try:
-        living = await gateway.webhook_secrets.submit(caller.tenant)
+        living = await gateway.ledger.webhook_secrets.submit(caller.tenant)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     return _json({"object": "list", "data": [_secret(one) for one in living]})
@@ -53,7 +53,7 @@ async def list_secrets(request: Request, caller: ApiKey) -> Response:
 async def page(request: Request, wanted: Filter) -> Response:
     gateway: Gateway = request.app.state.gateway
     try:
-        found = await gateway.webhook_pages.submit(wanted)
+        found = await gateway.ledger.webhook_pages.submit(wanted)
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     shown = found[: wanted.limit]
@@ -69,7 +69,7 @@ async def page(request: Request, wanted: Filter) -> Response:
 async def redeliver(request: Request, caller: ApiKey, delivery_id: UUID) -> Response:
     gateway: Gateway = request.app.state.gateway
     try:
-        again = await gateway.redeliveries.submit((delivery_id, None if caller.is_admin else caller.tenant))
+        again = await gateway.ledger.redeliveries.submit((delivery_id, None if caller.is_admin else caller.tenant))
     except LaneDown:
         raise errors.DependencyUnavailable() from None
     if again is None:

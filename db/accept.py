@@ -130,7 +130,7 @@ def _follow(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
         f"""
         WITH input ({_COLUMNS}) AS (VALUES %s),
         known AS (SELECT {_INSERTED} FROM jobs WHERE id IN (SELECT id FROM input)),
-        fresh AS (SELECT * FROM input WHERE id NOT IN (SELECT id FROM known)),
+        fresh AS (SELECT *, row_number() OVER () AS place FROM input WHERE id NOT IN (SELECT id FROM known)),
         live AS (SELECT j.id FROM jobs j WHERE status IN ('queued', 'running')
             AND coalesce_key IN (SELECT coalesce_key FROM fresh) ORDER BY id FOR UPDATE),
         leader AS (UPDATE jobs j SET num_followers = num_followers +
@@ -142,7 +142,7 @@ def _follow(cursor: Cursor, jobs: Sequence[NewJob]) -> list[tuple[Any, ...]]:
             is_stream, payload, metadata, decision, 'COALESCED; joined ' || l.id, cache_key, cache_ttl_s,
             is_cache_refresh, prompt_tokens, timings, deadline_at, priority, predicted_tokens, NULL, input_price,
             output_price, reserved_tokens, reserved_on, webhook, result_ttl_s, l.id, l.flight_id
-        FROM fresh f JOIN leader l ON l.coalesce_key = f.coalesce_key RETURNING {_INSERTED})
+        FROM fresh f JOIN leader l ON l.coalesce_key = f.coalesce_key ORDER BY place RETURNING {_INSERTED})
         SELECT * FROM known UNION ALL SELECT * FROM following
         """,  # noqa: S608 - column names from this file alone
         [_row(job) for job in jobs],
@@ -183,7 +183,7 @@ def insert_keyed(cursor: Cursor, wanted: Sequence[tuple[Idempotency, NewJob]]) -
     """`insert_once` inside the transaction of whoever calls."""
     first = {(one.api_key_id, one.key): (one, job) for one, job in reversed(wanted)}
     held = hold_keys(cursor, [(one, job.id) for one, job in first.values()])
-    mine = [job for name, (_, job) in first.items() if held[name][0] == job.id]
+    mine = [job for one, job in wanted if held[one.api_key_id, one.key][0] == job.id]
     made = {one.id: one for one in insert(cursor, mine)}
     answers = []
     for one, job in wanted:

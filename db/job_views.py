@@ -14,6 +14,8 @@ from db.session import Cursor
 class Outcome:
     """How a job stands, for a waiter: its state and, once it has one, its answer."""
 
+    tenant: str
+    endpoint: str
     status: JobStatus
     body: bytes | None
     events: bytes | None
@@ -34,7 +36,7 @@ def outcome(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[Outcome | None]:
     """The outcome of each job, None for an unknown id."""
     cursor.execute(
         """
-        SELECT j.id, status, body, events, error, usage, model, backend, attempt,
+        SELECT j.id, tenant, endpoint, status, body, events, error, usage, model, backend, attempt,
                extract(epoch FROM started_at - created_at)::float8 * 1000,
                extract(epoch FROM finished_at - started_at)::float8 * 1000,
                extract(epoch FROM first_token_at - started_at)::float8 * 1000,
@@ -44,7 +46,8 @@ def outcome(cursor: Cursor, ids: Sequence[uuid.UUID]) -> list[Outcome | None]:
         """,
         (list(ids),),
     )
-    found = {row[0]: Outcome(JobStatus(row[1]), _bytes(row[2]), _bytes(row[3]), *row[4:]) for row in cursor.fetchall()}
+    found = {row[0]: Outcome(row[1], row[2], JobStatus(row[3]), _bytes(row[4]), _bytes(row[5]), *row[6:])
+             for row in cursor.fetchall()}  # fmt: skip
     return [found.get(job_id) for job_id in ids]
 
 

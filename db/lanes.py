@@ -26,6 +26,8 @@ from db.session import Connection, Cursor
 
 log = structlog.get_logger()
 
+LONG_S = 6.0
+"""The silence that statements need whose work grows with the tables: a little more than Postgres's own limit."""
 _LINGER_S = 0.001
 _FAIL_FAST_S = 1.0
 _PATIENT_S = 10.0
@@ -173,6 +175,7 @@ class Lane(Generic[Item, Answer]):
                     continue
                 if isinstance(outcome, Exception):
                     future.set_exception(outcome)
+                    future.exception()  # whoever asked may have gone, and then asyncio need not complain
                 else:
                     future.set_result(outcome)
 

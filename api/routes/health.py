@@ -23,8 +23,8 @@ async def healthz() -> Response:
 async def readyz(request: Request) -> Response:
     """200 while Postgres answers, with the state of every model; 503 otherwise and while stopping."""
     gateway: Gateway = request.app.state.gateway
-    is_ready = gateway.is_surveying and not request.app.state.is_stopping
-    models = {name: gateway.model_state(model) for name, model in gateway.catalog.models.items()}
+    is_ready = gateway.survey.is_fresh and not request.app.state.is_stopping
+    models = {name: gateway.survey.model_state(model) for name, model in gateway.catalog.models.items()}
     body = orjson.dumps({"status": "ready" if is_ready else "unavailable", "models": models})
     return Response(body, 200 if is_ready else 503, media_type="application/json")
 
@@ -34,7 +34,7 @@ async def prometheus(request: Request, caller: Annotated[ApiKey, Depends(auth.au
     """Prometheus's text format."""
     gateway: Gateway = request.app.state.gateway
     try:
-        page = metrics.page(gateway.loads)
+        page = metrics.page(gateway.survey.loads)
     except (OSError, ValueError):
         # The folder that processes share is gone; jobs do not need it.
         raise errors.DependencyUnavailable("The metrics cannot be read.") from None

@@ -104,7 +104,8 @@ class History:
         return record
 
     def nemesis(self, what: str, url: str = "") -> None:
-        """Something the harness did: `frozen` and `thawed` name a gateway that cannot answer meanwhile."""
+        """Something the harness did: `frozen` and `thawed` name a gateway that cannot answer meanwhile, between
+        `severed` and `joined` gateways do not reach Postgres."""
         self.add(Record(op=0, type="info", kind=what, url=url, at=time.monotonic()))
 
     def close(self) -> None:

@@ -153,7 +153,7 @@ class Hasty:
         return done
 def hurry(self, config):
     init(self, config)
-    self._durable_inserts = Hasty(self._durable_inserts)
+    self.ledger._durable_inserts = Hasty(self.ledger._durable_inserts)
 api.gateway.Gateway.__init__ = hurry
 """
 

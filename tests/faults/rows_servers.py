@@ -44,13 +44,18 @@ def _again_and_again(period_s: float, work: Callable[[], object]) -> Iterator[No
 def _through(
     lab: Lab, names: tuple[str, ...], mode: Mode, *, delay_s: float = 0.0, marker: bytes = b""
 ) -> Iterator[None]:
+    is_severed = "gateway-postgres" in names and mode is not Mode.DELAY
     for name in names:
         lab.proxies[name].set(mode, delay_s=delay_s, marker=marker)
+    if is_severed:
+        lab.history.nemesis("severed")
     try:
         yield
     finally:
         for name in names:
             lab.proxies[name].set(Mode.PASS)
+        if is_severed:
+            lab.history.nemesis("joined")
 
 
 def _command(broker: Any, *words: str) -> None:

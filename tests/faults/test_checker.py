@@ -152,6 +152,17 @@ def test_a_frozen_gateway_is_not_blamed_for_being_late() -> None:
     assert "I9" not in caught(Run([*run.history, *spell], run.before, run.after))
 
 
+def test_what_waited_for_postgres_may_take_as_long_as_a_503() -> None:
+    for seconds, is_late in ((2.8, False), (3.2, True)):
+        run = told(honest_run(), "submit", seconds=seconds)
+        slow = next(record for record in run.history if record.seconds == seconds)
+        spell = [
+            Record(op=0, type="info", kind=kind, at=slow.at + at) for kind, at in (("severed", -9), ("joined", -0.2))
+        ]
+        assert "I9" in caught(run)
+        assert ("I9" in caught(Run([*run.history, *spell], run.before, run.after))) == is_late
+
+
 def test_a_harness_that_is_behind_blames_nobody_for_that_long() -> None:
     assert "I9" not in caught(told(honest_run(), "submit", seconds=2.0, behind_s=0.8))
     assert "I9" in caught(told(honest_run(), "submit", seconds=2.0, behind_s=0.3))

@@ -158,9 +158,16 @@ class SimStore:
     # Jobs, as in db.jobs.
 
     def insert(self, jobs: Sequence[NewJob]) -> list[Inserted]:
+        followers = []
         for job in sorted(jobs, key=lambda job: job.coalesce_key or b""):
-            if job.id not in self.jobs:
+            if job.id in self.jobs:
+                continue
+            if self._live_with(job.coalesce_key) is None:
                 self._add(job)
+            else:
+                followers.append(job)
+        for job in followers:
+            self._add(job)
         return [self._inserted(self.jobs[job.id]) for job in jobs]
 
     def insert_once(self, wanted: Sequence[tuple[Idempotency, NewJob]]) -> list[Reserved]:
@@ -593,8 +600,8 @@ class SimStore:
     def _outcome(self, row: JobRow) -> Outcome:
         result = self.results.get(row.leader_id or row.id) if row.status is JobStatus.SUCCEEDED else None
         body, events = (None, None) if result is None else (result.body, result.events)
-        return Outcome(row.status, body, events, row.error, row.usage, row.job.model, row.backend,
-                       row.attempt, _ms(row.created_at, row.started_at),
+        return Outcome(row.job.tenant, row.job.endpoint, row.status, body, events, row.error, row.usage, row.job.model,
+                       row.backend, row.attempt, _ms(row.created_at, row.started_at),
                        _ms(row.started_at, row.finished_at), _ms(row.started_at, row.first_token_at),
                        None if row.finished_at is None else int(row.finished_at))  # fmt: skip
 

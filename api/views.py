@@ -30,7 +30,7 @@ def queue_as_accepted(view: View) -> JSON | None:
 
 
 def job(view: View, queue: JSON | None = None) -> JSON:
-    """The job object. Times are Unix seconds; durations milliseconds."""
+    """The job object. Times are Unix seconds, `queued_at` that of its last message; durations milliseconds."""
     path = f"/v1/jobs/{view.id}"
     return {
         "id": str(view.id),
@@ -43,6 +43,7 @@ def job(view: View, queue: JSON | None = None) -> JSON:
         "stream": view.is_stream,
         "priority": Priority(view.priority).name.lower(),
         "created_at": seconds(view.created_at),
+        "queued_at": seconds(view.enqueued_at),
         "started_at": seconds(view.started_at),
         "completed_at": seconds(view.finished_at),
         "deadline_at": seconds(view.deadline_at),

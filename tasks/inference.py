@@ -115,6 +115,8 @@ async def _run(worker: "Worker", claimed: Claimed) -> None:
     job_id = claimed.id
     log.info("job.claimed", job_id=str(job_id), attempt=claimed.attempt, queue_ms=round(claimed.queue_ms, 1))
     metrics.child(metrics.QUEUE_SECONDS, claimed.backend).observe(claimed.queue_ms / 1000)
+    if claimed.attempt == 1 and time.monotonic() - claimed.queue_ms / 1000 > worker.full_at:
+        worker.service.observe_dispatch(claimed.queue_ms)
     started = time.monotonic()
     try:
         call = Call.decode(claimed.payload)
@@ -315,22 +317,23 @@ async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
     if num_followers:
         await worker.land(job.id)
     worker.announce(job.id, JobStatus.SUCCEEDED, writer)
-    worker.service.observe(attempt.model.name, run_s, ttft_s, usage.get("completion_tokens", 0))
+    stored_s = time.monotonic() - attempt.started
+    worker.service.observe(attempt.model.name, stored_s, ttft_s, usage.get("completion_tokens", 0))
     metrics.child(metrics.JOBS, job.backend, attempt.model.name, JobStatus.SUCCEEDED).inc()
     metrics.child(metrics.RUN_SECONDS, job.backend, attempt.model.name).observe(run_s)
     metrics.child(metrics.TTFT_SECONDS, job.backend, attempt.model.name).observe(job.queue_ms / 1000 + ttft_s)
-    _check_eta(job, run_s)
+    _check_eta(job, stored_s)
     metrics.child(metrics.TOKENS, job.backend, attempt.model.name, "prompt").inc(usage["prompt_tokens"])
     metrics.child(metrics.TOKENS, job.backend, attempt.model.name, "completion").inc(usage.get("completion_tokens", 0))
     log.info("job.finished", job_id=str(job.id), attempt=job.attempt, run_ms=round(run_s * 1000, 1),
              ttft_ms=round(ttft_s * 1000, 1), completion_tokens=usage.get("completion_tokens"))  # fmt: skip
 
 
-def _check_eta(job: Claimed, run_s: float) -> None:
+def _check_eta(job: Claimed, stored_s: float) -> None:
     """Compare what was expected of the job with what came: the estimate's own error is for all to see."""
     if job.eta_p50_ms is None or job.eta_p90_ms is None:
         return
-    took_ms = job.queue_ms + run_s * 1000
+    took_ms = job.queue_ms + stored_s * 1000
     within = "p50" if took_ms <= job.eta_p50_ms else "p90" if took_ms <= job.eta_p90_ms else "late"
     metrics.child(metrics.ETA_ERROR_SECONDS, job.backend).observe(abs(took_ms - job.eta_p50_ms) / 1000)
     metrics.child(metrics.ETA_JOBS, job.backend, within).inc()

@@ -186,7 +186,8 @@ def expected(call: Call | None, model: ModelSpec, load: Load, ahead: int) -> dic
     `eta_p90_ms`, and `soonest_ms`, before which nothing may be hoped for. Empty before there are enough runs, and where
     no worker is ready.
 
-    The wait is a sum of `ahead` runs shared by the slots: its spread grows with their root (central limit theorem).
+    A job that finds a free slot takes its way to the worker and its run. The wait for a slot is a sum of `ahead` runs
+    shared by the slots: its spread grows with their root (central limit theorem).
     """
     seen = load.service.get(model.name, {})
     if seen.get("num_runs", 0.0) < _FEWEST_RUNS or not load.slots:
@@ -198,13 +199,14 @@ def expected(call: Call | None, model: ModelSpec, load: Load, ahead: int) -> dic
         run["p10"], run["p50"] = min(run["p10"], longest), min(run["p50"], longest)
     waiting = max(ahead + load.depth.num_running + 1 - load.slots, 0)
     wait_ms = waiting * seen["run_ms"] / load.slots
+    dispatch_ms = seen.get("dispatch_ms", 0.0)
     spread_ms = _Z90 * seen["run_std_ms"] * waiting**0.5 / load.slots
     # Half of the wait: what is ahead may be shorter than what was seen.
     return {
         "num_ahead": float(ahead),
         "soonest_ms": round(wait_ms / 2 + run["p10"], 2),
-        "eta_p50_ms": round(wait_ms + run["p50"], 2),
-        "eta_p90_ms": round(wait_ms + spread_ms + run["p90"], 2),
+        "eta_p50_ms": round(dispatch_ms + wait_ms + run["p50"], 2),
+        "eta_p90_ms": round(dispatch_ms + wait_ms + spread_ms + run["p90"], 2),
     }
 
 

@@ -18,9 +18,15 @@ class ServiceTime:
     models: dict[str, dict[str, float]] = field(default_factory=dict)
     recent: dict[str, deque[float]] = field(default_factory=dict)
     """The last runs of each model, in milliseconds."""
+    dispatches: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    """From a job's creation to its claim, where it had not to wait for a slot, in milliseconds."""
+
+    def observe_dispatch(self, dispatch_ms: float) -> None:
+        """Count a job that found a free slot."""
+        self.dispatches.append(dispatch_ms)
 
     def observe(self, model: str, run_s: float, ttft_s: float, completion_tokens: int) -> None:
-        """Count one finished job."""
+        """Count one finished job; `run_s` is from its claim until its answer was stored."""
         self.recent.setdefault(model, deque(maxlen=_RECENT)).append(run_s * 1000)
         token_ms = (run_s - ttft_s) * 1000 / max(completion_tokens - 1, 1)
         seen = {
@@ -48,6 +54,7 @@ class ServiceTime:
         runs = list(self.recent[model])
         tenths = statistics.quantiles(runs, n=10, method="inclusive") if len(runs) > 1 else runs * 9
         return {
+            "dispatch_ms": statistics.median(list(self.dispatches) or [0.0]),
             "run_p10_ms": tenths[0],
             "run_p50_ms": tenths[4],
             "run_p90_ms": tenths[8],

@@ -54,6 +54,8 @@ class Worker:
         self._name = name
         self._slots = slots
         self._runs: dict[uuid.UUID, Run] = {}
+        self.full_at = float("-inf")
+        """time.monotonic() when it last had no free slot: who came later had not to wait for one."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.gate = Gate()
@@ -107,6 +109,8 @@ class Worker:
         try:
             yield
         finally:
+            if len(self._runs) >= self._slots:
+                self.full_at = time.monotonic()
             if self._runs.get(attempt.job.id) is attempt:  # a later run of the job may be here already
                 del self._runs[attempt.job.id]
             if not self._runs:

@@ -108,8 +108,8 @@ class Proxy:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pump(link, reader, back, is_request=True))
                 group.create_task(self._pump(link, there, writer, is_request=False))
-        except (OSError, ExceptionGroup):
-            return
+        except (OSError, ExceptionGroup, asyncio.CancelledError):
+            return  # only `_stop` cancels, and asyncio would report a handler that ends so
         finally:
             link.reset()
             self._links.discard(link)

@@ -140,8 +140,9 @@ def test_a_killed_supervisor_leaves_nothing_behind(start: Callable[..., Running]
     """The kernel ends its children; their helpers are ended by the next start."""
     script = f"sleep 1000 & echo $! > {tmp_path}/helper; wait"
     first = start(shell("worker", script))
+    worker = first.wait_for("worker", "running")["pid"]
     until(lambda: (tmp_path / "helper").exists() and (tmp_path / "helper").read_text())
-    worker, helper = first.child("worker")["pid"], int((tmp_path / "helper").read_text())
+    helper = int((tmp_path / "helper").read_text())
     first.process.kill()
     first.process.wait()
     until(lambda: not spawn.start_ticks(worker))

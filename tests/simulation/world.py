@@ -419,7 +419,7 @@ class Worker(Process):
         self._strays: set[tuple[uuid.UUID, int]] = set()
         self._ended_jobs: list[tuple[str, str]] = []
         self.models = {"m": SimpleNamespace(name="m")}
-        self.service = SimpleNamespace(observe=lambda *_: None)
+        self.service = SimpleNamespace(observe=lambda *_: None, observe_dispatch=lambda _: None)
         self.unacked: list[uuid.UUID] = []
         self.state = "loading"
         self.is_leaving = self.is_declared_dead = False
@@ -448,6 +448,9 @@ class Worker(Process):
         self.state = "ready"
         self.spawn("watch", self._watch())
         self.spawn("consumer", self._consume())
+
+    _slots = 4
+    full_at = 0.0
 
     def is_running(self, job_id: uuid.UUID) -> bool:
         return job_id in self._runs

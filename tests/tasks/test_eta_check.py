@@ -18,11 +18,11 @@ def claimed(backend: str, p50: float | None, p90: float | None) -> Claimed:
 )  # fmt: skip
 def test_an_answer_is_compared_with_what_was_expected(p50: float, p90: float, within: str, error_s: float) -> None:
     backend = f"of-{within}"
-    inference._check_eta(claimed(backend, p50, p90), run_s=0.5)
+    inference._check_eta(claimed(backend, p50, p90), stored_s=0.5)
     assert REGISTRY.get_sample_value("switchyard_eta_jobs_total", {"backend": backend, "within": within}) == 1
     assert REGISTRY.get_sample_value("switchyard_eta_error_seconds_sum", {"backend": backend}) == pytest.approx(error_s)
 
 
 def test_where_nothing_was_expected_nothing_is_counted() -> None:
-    inference._check_eta(claimed("of-none", None, None), run_s=0.5)
+    inference._check_eta(claimed("of-none", None, None), stored_s=0.5)
     assert REGISTRY.get_sample_value("switchyard_eta_error_seconds_sum", {"backend": "of-none"}) is None

@@ -144,10 +144,10 @@ def test_a_longer_answer_scores_worse(served: Catalog) -> None:
     assert (short.score_ms or 0) < (long.score_ms or 0)
 
 
-def measured(backend: str, num_runs: float = 100.0, slots: int = 4) -> Life:
+def measured(backend: str, num_runs: float = 100.0, slots: int = 4, dispatch_ms: float = 0.0) -> Life:
     """Ten milliseconds to the first token, ten a token; runs of 0.2 s, give or take."""
     times = {"run_ms": 200.0, "ttft_ms": 10.0, "token_ms": 10.0, "tokens": 19.0, "run_p10_ms": 150.0, "run_p50_ms": 200.0,
-             "run_p90_ms": 300.0, "run_std_ms": 50.0, "num_runs": num_runs}  # fmt: skip
+             "run_p90_ms": 300.0, "run_std_ms": 50.0, "num_runs": num_runs, "dispatch_ms": dispatch_ms}  # fmt: skip
     return Life(1, f"{backend}0", backend, "ready", slots, {}, {"service": {"both": times, "spare": times}}, 1, 0.0)
 
 
@@ -160,6 +160,8 @@ def test_the_expected_time_is_what_waits_ahead_and_the_run(served: Catalog) -> N
     assert busy["eta_p90_ms"] == pytest.approx(14 * 200 / 4 + 1.2816 * 50 * 14**0.5 / 4 + 300, abs=0.01)
     short = router.expected(replace(call(), max_tokens=1), model, load(measured("slow")), 0)
     assert short["eta_p50_ms"] == 20.0
+    far = router.expected(None, model, load(measured("slow", dispatch_ms=5.0)), 0)
+    assert (far["soonest_ms"], far["eta_p50_ms"], far["eta_p90_ms"]) == (150.0, 205.0, 305.0)
     assert router.expected(None, model, load(measured("slow", num_runs=15)), 0) == {}
     assert router.expected(None, model, load(life("slow", 30.0)), 0) == {}
 

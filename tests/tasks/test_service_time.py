@@ -14,3 +14,12 @@ def test_quantiles_are_of_the_last_128_runs_of_each_model() -> None:
     assert (m["run_p10_ms"], m["run_p50_ms"], m["run_p90_ms"], m["num_runs"]) == (100.0, 500.0, 900.0, 128.0)
     other = times.stats()["other"]
     assert (other["run_p10_ms"], other["run_p90_ms"], other["run_std_ms"]) == (2000.0, 2000.0, 0.0)
+
+
+def test_the_way_to_the_worker_is_the_median_of_those_who_did_not_wait() -> None:
+    times = ServiceTime()
+    times.observe("m", 9.0, 1.0, 5)
+    assert times.stats()["m"]["dispatch_ms"] == 0.0
+    for dispatch_ms in (2.0, 3.0, 400.0):
+        times.observe_dispatch(dispatch_ms)
+    assert times.stats()["m"]["dispatch_ms"] == 3.0

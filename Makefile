@@ -39,7 +39,7 @@ logs: install ## Follow the logs of all processes, or of those whose name starts
 
 test: install-dev ## Run the tests against real servers and real small models (15 min on two cores)
 	@$(RUN) -m local.models --all
-	$(RUN) -m pytest --reruns 1 -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(RUN) -m pytest --reruns 1 -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: install-dev ## Test what takes minutes: more clients with real models, LiteLLM, vLLM's load generator, dying engines
 	@$(RUN) -m local.models --all

@@ -2,19 +2,17 @@
 
 import datetime
 import uuid
-from typing import Any
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import errors
+from api import errors, views
 from api.gateway import Gateway
 from db.api_keys import ApiKey
 from db.lanes import LaneDown
-from db.usage import GROUPINGS, Grouping, Usage, Wanted
+from db.usage import GROUPINGS, Grouping, Wanted
 
-_NANO = 1_000_000_000
 _DAYS = 30
 _MOST_DAYS = 366
 
@@ -55,21 +53,7 @@ async def find(request: Request, wanted: Wanted) -> Response:
         "object": "list",
         "start_date": wanted.start,
         "end_date": wanted.end,
-        "data": [shown(one) for one in found[: wanted.limit]],
+        "data": [views.usage(one) for one in found[: wanted.limit]],
         "has_more": len(found) > wanted.limit,
     }
     return Response(orjson.dumps(body), media_type="application/json")
-
-
-def shown(one: Usage) -> dict[str, Any]:
-    """The usage object."""
-    return {
-        "object": "usage",
-        **one.of,
-        "num_requests": sum(one.num.values()),
-        **{f"num_{name}": number for name, number in one.num.items()},
-        "prompt_tokens": one.prompt_tokens,
-        "completion_tokens": one.completion_tokens,
-        "total_tokens": one.prompt_tokens + one.completion_tokens,
-        "cost": one.cost_nano / _NANO,
-    }

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from api import usage_answers
+from api import views
 from api.terminal import Json, fail, ledger, show
 from db import usage
 from db.usage import GROUPINGS, Grouping, Wanted
@@ -33,7 +33,7 @@ def show_usage(
     wanted = Wanted(start=first, end=last, by=grouping, tenant=tenant, api_key_id=key, model=model, limit=10_000)
     with ledger() as cursor:
         found = usage.find(cursor, [wanted])[0]
-    rows = [usage_answers.shown(one) for one in found]
+    rows = [views.usage(one) for one in found]
     for row in rows:
         del row["object"]
         row["cost"] = f"{row['cost']:.6f}"

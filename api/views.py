@@ -1,4 +1,4 @@
-"""A job as JSON: for its owner, and explained."""
+"""What the ledger holds as JSON: a job for its owner and explained, a delivery of a webhook, usage."""
 
 import datetime
 from collections.abc import Mapping
@@ -7,9 +7,13 @@ from typing import Any
 import settings
 from db.job_views import View
 from db.models import TERMINAL, JobStatus
+from db.usage import Usage
+from db.webhooks import Delivery
 from tasks.fair_share import Priority
 
 JSON = dict[str, Any]
+
+_NANO = 1_000_000_000
 
 
 def queue(view: View, ahead: int, expected: Mapping[str, float]) -> JSON:
@@ -168,3 +172,36 @@ def seconds(moment: datetime.datetime | None) -> int | None:
 
 def _between(start: datetime.datetime | None, end: datetime.datetime | None) -> float | None:
     return None if start is None or end is None else round((end - start).total_seconds() * 1000, 3)
+
+
+def delivery(one: Delivery) -> JSON:
+    """The delivery object."""
+    return {
+        "id": str(one.id),
+        "object": "webhook.delivery",
+        "event_id": f"evt_{one.id.hex}",
+        "type": one.type,
+        "data": {"id": one.object_id},
+        "url": one.url,
+        "status": one.status,
+        "attempts": one.attempts,
+        "created_at": seconds(one.created_at),
+        "next_attempt_at": seconds(one.next_at) if one.status == "pending" else None,
+        "ended_at": seconds(one.ended_at),
+        "last_status_code": one.last_status,
+        "last_error": one.last_error,
+    }
+
+
+def usage(one: Usage) -> JSON:
+    """The usage object."""
+    return {
+        "object": "usage",
+        **one.of,
+        "num_requests": sum(one.num.values()),
+        **{f"num_{name}": number for name, number in one.num.items()},
+        "prompt_tokens": one.prompt_tokens,
+        "completion_tokens": one.completion_tokens,
+        "total_tokens": one.prompt_tokens + one.completion_tokens,
+        "cost": one.cost_nano / _NANO,
+    }

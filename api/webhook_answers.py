@@ -7,12 +7,11 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import errors
+from api import errors, views
 from api.gateway import Gateway
-from api.views import seconds
 from db.api_keys import ApiKey
 from db.lanes import LaneDown
-from db.webhooks import Delivery, Filter, Secret
+from db.webhooks import Filter, Secret
 from tasks import webhook_post
 
 JSON = dict[str, Any]
@@ -59,7 +58,7 @@ async def page(request: Request, wanted: Filter) -> Response:
     shown = found[: wanted.limit]
     return _json({
         "object": "list",
-        "data": [delivery(one) for one in shown],
+        "data": [views.delivery(one) for one in shown],
         "first_id": str(shown[0].id) if shown else None,
         "last_id": str(shown[-1].id) if shown else None,
         "has_more": len(found) > len(shown),
@@ -74,33 +73,15 @@ async def redeliver(request: Request, caller: ApiKey, delivery_id: UUID) -> Resp
         raise errors.DependencyUnavailable() from None
     if again is None:
         raise errors.DeliveryNotFound()
-    return _json(delivery(again), 202)
-
-
-def delivery(one: Delivery) -> JSON:
-    return {
-        "id": str(one.id),
-        "object": "webhook.delivery",
-        "event_id": f"evt_{one.id.hex}",
-        "type": one.type,
-        "data": {"id": one.object_id},
-        "url": one.url,
-        "status": one.status,
-        "attempts": one.attempts,
-        "created_at": seconds(one.created_at),
-        "next_attempt_at": seconds(one.next_at) if one.status == "pending" else None,
-        "ended_at": seconds(one.ended_at),
-        "last_status_code": one.last_status,
-        "last_error": one.last_error,
-    }
+    return _json(views.delivery(again), 202)
 
 
 def _secret(one: Secret) -> JSON:
     return {
         "id": str(one.id),
         "object": "webhook.secret",
-        "created_at": seconds(one.created_at),
-        "expires_at": seconds(one.expires_at),
+        "created_at": views.seconds(one.created_at),
+        "expires_at": views.seconds(one.expires_at),
     }
 
 

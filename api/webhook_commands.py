@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from api import webhook_answers
+from api import views
 from api.terminal import Json, console, fail, ledger, show
 from db import webhooks
 
@@ -29,7 +29,7 @@ def list_deliveries(
     """Deliveries, newest first."""
     with ledger() as cursor:
         found = webhooks.find(cursor, [webhooks.Filter(tenant=tenant, status=status, limit=limit)])[0]
-    shown = [webhook_answers.delivery(one) for one in found[:limit]]
+    shown = [views.delivery(one) for one in found[:limit]]
     names = ("id", "type", "url", "status", "attempts", "last_status_code", "last_error")
     show(shown if as_json else [{name: one[name] for name in names} for one in shown], as_json=as_json)
 

@@ -29,6 +29,13 @@ limits: {body_bytes: 65536, inputs: 64, n: 8}
 """
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, so that no process is left alone with one of them at the end."""
+    heavy = {item.path for item in items if any(item.get_closest_marker(name) for name in ("models", "vllm", "slow"))}
+    items.sort(key=lambda item: item.path not in heavy)
+
+
 @pytest.fixture(scope="session")
 def server_urls() -> Iterator[tuple[str, str]]:
     """(Postgres, Redis) of the session."""

@@ -18,6 +18,12 @@ def switchyard(stack: Stack, *arguments: str, status: int = 0) -> str:
     return done.stdout if status == 0 else done.stderr
 
 
+def test_a_command_does_not_wait_for_the_gateways_code() -> None:
+    code = "import sys, api.cli; print({'api.gateway', 'fastapi', 'transformers', 'torch'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_a_key_opens_the_door_until_it_is_revoked(stack: Stack) -> None:
     made = json.loads(switchyard(stack, "keys", "create", "--name", "cli", "--tenant", "cli", "--json"))
     listed = json.loads(switchyard(stack, "keys", "list", "--json"))

@@ -49,6 +49,7 @@ def description(stack: Stack) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_requests_made_from_the_description_are_answered_as_it_says(stack: Stack, tmp_path: Path) -> None:
     secret = stack.create_key("operators", is_admin=True)

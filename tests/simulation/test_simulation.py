@@ -14,6 +14,7 @@ NUM_SCHEDULES = 10_000
 """`make simulate` plays more."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_no_schedule_breaks_an_invariant() -> None:
     total = Tally()

@@ -36,7 +36,7 @@ def _killed_in_the_middle(lab: Lab, backend: str) -> list[float]:
             since = time.time()
             lab.kill(name)
             lab.start_model_worker(backend, name, _LOAD_S)
-            text = stream.text()
+            text = stream.text(_LOAD_S)
             assert text == undisturbed, f"{text!r} instead of {undisturbed!r}"
             found += lab.restarts(since)
     finally:
@@ -74,7 +74,7 @@ def lost_engine(lab: Lab) -> list[float]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 engine.kill()
             lab.start_model_worker("vllm", "vllm-a", _LOAD_S)
-            texts.add(stream.text())
+            texts.add(stream.text(_LOAD_S))
             found += lab.restarts(since)
             lab.stack.stop("vllm-a", 60)
     finally:

@@ -44,17 +44,17 @@ def _killed_in_the_middle(lab: Lab, backend: str) -> list[float]:
     return found
 
 
-@row("F12g", "kill -9 of a Transformers worker in the middle of a stream", "I1 I5 I14", within_s=120, needs="models")  # fmt: skip
+@row("F12g", "kill -9 of a Transformers worker in the middle of a stream", "I1 I5", within_s=120, needs="models")  # fmt: skip
 def gpt(lab: Lab) -> list[float]:
     return _killed_in_the_middle(lab, "gpt")
 
 
-@row("F12v", "kill -9 of a vLLM worker in the middle of a stream", "I1 I5 I14", within_s=240, needs="models", is_long=True)  # fmt: skip
+@row("F12v", "kill -9 of a vLLM worker in the middle of a stream", "I1 I5", within_s=240, needs="models", is_long=True)  # fmt: skip
 def vllm(lab: Lab) -> list[float]:
     return _killed_in_the_middle(lab, "vllm")
 
 
-@row("F65g", "vLLM's engine is frozen, then killed, under its worker", "I1 I5 I14", within_s=240, needs="models", is_long=True)  # fmt: skip
+@row("F65g", "vLLM's engine is frozen, then killed, under its worker", "I1 I5", within_s=240, needs="models", is_long=True)  # fmt: skip
 def lost_engine(lab: Lab) -> list[float]:
     body = {"model": "on-vllm", "messages": [{"role": "user", "content": "Tell me about the sea."}], "temperature": 0,
             "max_tokens": 96}  # fmt: skip

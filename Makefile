@@ -37,7 +37,7 @@ status: install ## Show processes, models and queues
 logs: install ## Follow the logs of all processes, or of those whose name starts with NAME
 	@$(RUN) -m local.stack logs $(NAME)
 
-test: install-dev ## Run the tests against real servers and real small models (15 min on two cores)
+test: install-dev ## Run the tests against real servers and real small models (15 to 25 min on two cores)
 	@$(RUN) -m local.models --all
 	$(RUN) -m pytest --reruns 1 -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -358,7 +358,7 @@ class Batcher:
     def _room(self, backend: str) -> int:
         """Slots that nobody uses, and a few more, so that a worker finds its next job waiting: these are the
         only batch jobs in a queue, and there are none while others wait in it."""
-        load = self._gateway.survey.loads.get(backend, Load())
+        load = self._gateway.survey.load(backend)
         others = self._foreign.get(backend, 0)
         if not load.is_ready or others >= load.slots:
             return 0

@@ -148,7 +148,9 @@ class Server:
     def kill(self) -> None:
         """End the server and all its processes at once, as a crash of the machine would (SIGKILL)."""
         # Postgres's are in sessions of their own; left alone, one might answer before it misses the postmaster.
-        theirs = psutil.Process(self.process.pid).children(recursive=True)
+        theirs: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            theirs = psutil.Process(self.process.pid).children(recursive=True)
         kill_group(self.process.pid)
         self.process.wait()
         for process in theirs:

@@ -318,7 +318,7 @@ async def _finish(worker: "Worker", attempt: Run, body: bytes) -> None:
         await worker.land(job.id)
     worker.announce(job.id, JobStatus.SUCCEEDED, writer)
     stored_s = time.monotonic() - attempt.started
-    worker.service.observe(attempt.model.name, stored_s, ttft_s, usage.get("completion_tokens", 0))
+    worker.service.observe(attempt.model.name, run_s, stored_s, ttft_s, usage.get("completion_tokens", 0))
     metrics.child(metrics.JOBS, job.backend, attempt.model.name, JobStatus.SUCCEEDED).inc()
     metrics.child(metrics.RUN_SECONDS, job.backend, attempt.model.name).observe(run_s)
     metrics.child(metrics.TTFT_SECONDS, job.backend, attempt.model.name).observe(job.queue_ms / 1000 + ttft_s)

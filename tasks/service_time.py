@@ -25,12 +25,13 @@ class ServiceTime:
         """Count a job that found a free slot."""
         self.dispatches.append(dispatch_ms)
 
-    def observe(self, model: str, run_s: float, ttft_s: float, completion_tokens: int) -> None:
-        """Count one finished job; `run_s` is from its claim until its answer was stored."""
-        self.recent.setdefault(model, deque(maxlen=_RECENT)).append(run_s * 1000)
+    def observe(self, model: str, run_s: float, stored_s: float, ttft_s: float, completion_tokens: int) -> None:
+        """Count one finished job. From its claim on: its answer came after `run_s` and was stored after `stored_s`, for
+        so long it held its slot."""
+        self.recent.setdefault(model, deque(maxlen=_RECENT)).append(stored_s * 1000)
         token_ms = (run_s - ttft_s) * 1000 / max(completion_tokens - 1, 1)
         seen = {
-            "run_ms": run_s * 1000,
+            "run_ms": stored_s * 1000,
             "ttft_ms": ttft_s * 1000,
             "token_ms": token_ms,
             "tokens": float(completion_tokens),

@@ -416,6 +416,7 @@ class Worker(Process):
         self.gate = kernel.product.Gate()
         self._idle = SimpleNamespace(set=lambda: None, clear=lambda: None)
         self._config = CONFIG
+        self._slots, self.full_at = 4, 0.0
         self._strays: set[tuple[uuid.UUID, int]] = set()
         self._ended_jobs: list[tuple[str, str]] = []
         self.models = {"m": SimpleNamespace(name="m")}
@@ -448,9 +449,6 @@ class Worker(Process):
         self.state = "ready"
         self.spawn("watch", self._watch())
         self.spawn("consumer", self._consume())
-
-    _slots = 4
-    full_at = 0.0
 
     def is_running(self, job_id: uuid.UUID) -> bool:
         return job_id in self._runs

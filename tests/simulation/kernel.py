@@ -162,7 +162,8 @@ class Process:
         self.is_alive = True
         self.hung_until = 0.0
         self.skew_s = kernel.rng.choice((0.0, 0.0, -3600.0, 3600.0))
-        self.tasks: set[Task] = set()
+        # Not a set: a task's hash is its address, and a seed must mean one order in every process.
+        self.tasks: dict[Task, None] = {}
         self.sessions: list[Session] = []
         kernel.processes.append(self)
         self.spawn("main", self.main())
@@ -176,7 +177,7 @@ class Process:
 
     def spawn(self, name: str, coroutine: Coroutine[Operation, Any, None]) -> Task:
         task = Task(self, name, coroutine)
-        self.tasks.add(task)
+        self.tasks[task] = None
         self.kernel.ready.append(task)
         return task
 
@@ -386,11 +387,12 @@ class Kernel:
 
     def _close(self, task: Task) -> None:
         task.is_done = True
-        task.process.tasks.discard(task)
+        task.process.tasks.pop(task, None)
 
     def _described(self, task: Task) -> str:
         operation = task.operation
         text = type(operation).__name__
         if isinstance(operation, Statement):
             text = f"{operation.name}{operation.arguments}"
-        return f"{task.process.name}/{task.name}: {text} -> {task.error or task.answer!r}"
+        answer = "later" if task.answer is PARKED else repr(task.error or task.answer)
+        return f"{task.process.name}/{task.name}: {text} -> {answer}"

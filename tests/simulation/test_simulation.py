@@ -1,5 +1,6 @@
 """Schedules of faults through the core: none breaks an invariant, and every mutant of the core is found out."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,17 @@ def test_a_seed_is_a_schedule() -> None:
     seeds = range(5)
     assert [trace(seed, 200) for seed in seeds] == [trace(seed, 200) for seed in seeds]
     assert trace(0, 200) != trace(1, 200)
+
+
+def test_a_seed_is_the_same_schedule_in_every_process() -> None:
+    command = [sys.executable, "-m", "tests.simulation", "--trace", "--start", "195"]
+    shown = [
+        subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in "12"
+    ]
+    assert shown[0].splitlines() == shown[1].splitlines()
 
 
 def test_the_command_shows_the_schedule_that_broke_an_invariant() -> None:

@@ -15,8 +15,9 @@ from db.jobs import Ended, Finished
 from db.models import JobStatus
 from db.workers import Heartbeat
 from tasks import reconciler
+from tests.simulation.processes import Client, Gateway, Lane, Reconciler, Worker
 from tests.simulation.store import JobRow, SimStore, WorkerRow
-from tests.simulation.world import Client, Gateway, Lane, Parts, Reconciler, Worker
+from tests.simulation.world import Parts
 
 
 class DropRow(SimStore):

@@ -19,8 +19,8 @@ from db.api_keys import ApiKey
 from db.cache import Hit
 from db.job_views import Outcome
 from db.lanes import LaneDown
-from db.models import TERMINAL, JobStatus
 from db.request_log import Entry
+from db.states import TERMINAL, JobStatus
 from tasks import responses
 from tasks.call import Call
 from tasks.identity import Identity

@@ -15,7 +15,7 @@ from db.accept import Idempotency, Reserved
 from db.api_keys import ApiKey
 from db.batches import Batch, BatchFilter, NewBatch
 from db.lanes import Lane, LaneDown
-from db.models import BatchStatus
+from db.states import BatchStatus
 
 PREFIX = "batch_"
 _TIMES = (

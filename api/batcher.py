@@ -35,7 +35,7 @@ from db.batches import MARK, Answer, Batch, Item, Wanted
 from db.cache import Hit
 from db.job_views import Outcome
 from db.lanes import LONG_S, Lane, LaneDown
-from db.models import BatchStatus, JobStatus
+from db.states import BatchStatus, JobStatus
 from tasks import logs, metrics, server_settings
 from tasks.call import Call
 from tasks.fair_share import Priority

@@ -21,8 +21,8 @@ from catalog import Catalog, CatalogError
 from db import budgets, cache, job_views, jobs, removal, session, workers
 from db.cache import Purge
 from db.job_views import DeadLetters, Filter
-from db.models import TERMINAL, JobStatus
 from db.removal import Deletion
+from db.states import TERMINAL, JobStatus
 from local import stack
 from local.models import ModelError
 from local.servers import ServersError

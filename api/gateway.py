@@ -31,8 +31,8 @@ from db.budgets import Refused
 from db.cache import Hit
 from db.job_views import DeadLetters, Outcome
 from db.lanes import LaneDown
-from db.models import TERMINAL, JobStatus
 from db.removal import Deletion
+from db.states import TERMINAL, JobStatus
 from tasks import inference, metrics, replay, router, transport, webhook_post
 from tasks.call import Call
 from tasks.fair_share import Level, Priority

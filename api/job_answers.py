@@ -14,8 +14,8 @@ from api.wishes import CacheControl, Wish
 from db.api_keys import ApiKey
 from db.job_views import DeadLetters, Filter, View
 from db.lanes import LaneDown
-from db.models import TERMINAL, JobStatus
 from db.removal import Deletion
+from db.states import TERMINAL, JobStatus
 from tasks.call import Call
 from tasks.fair_share import Priority
 from tasks.identity import RESPONSES, Identity

@@ -16,7 +16,7 @@ from db.api_keys import ApiKey
 from db.cache import Hit
 from db.job_views import Outcome, View
 from db.lanes import LaneDown
-from db.models import TERMINAL, JobStatus
+from db.states import TERMINAL, JobStatus
 from tasks import replay, response_object
 from tasks.call import Call
 from tasks.identity import RESPONSES, Identity

@@ -5,7 +5,7 @@ from typing import Protocol
 from api import error_forms
 from api.errors import APIError
 from db.job_views import Outcome
-from db.models import JobStatus
+from db.states import JobStatus
 from tasks import responses
 from tasks.call import Call
 from tasks.identity import Identity

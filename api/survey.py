@@ -14,8 +14,8 @@ from db import job_views, session, workers
 from db.accept import NewJob
 from db.job_views import Backlog, Depth, View
 from db.lanes import LONG_S, Lane
-from db.models import JobStatus
 from db.session import Cursor
+from db.states import JobStatus
 from tasks import router
 from tasks.fair_share import FairShare, Level
 from tasks.router import Load

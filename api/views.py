@@ -6,7 +6,7 @@ from typing import Any
 
 import settings
 from db.job_views import View
-from db.models import TERMINAL, JobStatus
+from db.states import TERMINAL, JobStatus
 from db.usage import Usage
 from db.webhooks import Delivery
 from tasks.fair_share import Priority

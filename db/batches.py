@@ -16,8 +16,8 @@ from psycopg2.extras import execute_values
 from db import accept, files, webhooks
 from db.accept import Idempotency, Reserved
 from db.files import CHUNK_BYTES
-from db.models import BATCH_LIVE, BatchStatus
 from db.session import Cursor, transaction
+from db.states import BATCH_LIVE, BatchStatus
 
 _LIVE = ", ".join(f"'{status}'" for status in BATCH_LIVE)
 _KEPT_DAYS = 30

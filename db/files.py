@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from psycopg2.extras import execute_values
 
-from db.models import BATCH_LIVE
 from db.session import Cursor, transaction
+from db.states import BATCH_LIVE
 
 CHUNK_BYTES = 2**20
 _UNFINISHED_S = 6 * 3600

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from db.models import JobStatus
 from db.session import Cursor
+from db.states import JobStatus
 
 
 @dataclass(frozen=True, slots=True)

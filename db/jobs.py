@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import orjson
 from psycopg2.extras import execute_values
 
-from db.models import JobStatus
 from db.session import Cursor
+from db.states import JobStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,10 @@
-"""The tables, and the states a job goes through.
+"""The tables.
 
 SQLAlchemy declares the schema here and Alembic migrates to it; the statements of the hot path are
 plain SQL in `db.jobs`, `db.cache`, `db.workers` and `db.request_log`, run by `db.lanes`.
 """
 
 import datetime
-import enum
 import uuid
 from typing import Any
 
@@ -27,47 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-
-class JobStatus(enum.StrEnum):
-    """Where a job is. `TRANSITIONS` is the whole state machine."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    EXPIRED = "expired"
-
-
-TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED})
-
-TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.QUEUED: frozenset(
-        {JobStatus.RUNNING, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED}
-    ),
-    # Running goes back to queued when its worker died (rescue), drained or failed an attempt.
-    JobStatus.RUNNING: frozenset({JobStatus.QUEUED, *TERMINAL}),
-    **{status: frozenset() for status in TERMINAL},
-}
-
-RETRYABLE = frozenset({JobStatus.FAILED, JobStatus.EXPIRED})
-"""The owner of such a job may have it queued again. Nothing else leaves a final state."""
-
-
-class BatchStatus(enum.StrEnum):
-    """Where a batch is. OpenAI's words."""
-
-    VALIDATING = "validating"
-    FAILED = "failed"
-    IN_PROGRESS = "in_progress"
-    FINALIZING = "finalizing"
-    COMPLETED = "completed"
-    EXPIRED = "expired"
-    CANCELLING = "cancelling"
-    CANCELLED = "cancelled"
-
-
-BATCH_LIVE = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
+from db.states import BATCH_LIVE, BatchStatus, JobStatus
 
 _TIMESTAMP = TIMESTAMP(timezone=True)
 _NOW = text("clock_timestamp()")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from db import budgets, flights
-from db.models import TERMINAL, JobStatus
 from db.session import Cursor, transaction
+from db.states import TERMINAL, JobStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Connections to Postgres: raw ones for lanes, a pooled engine for everything that is not hot.
+"""Connections to Postgres.
 
 Bounds are part of the connection, so no statement can hang a caller: 2 s to connect, 5 s a statement,
 2 s for a lock, and a dead peer is noticed within 10 s.
@@ -12,7 +12,6 @@ import psycopg2
 import psycopg2.errors
 import psycopg2.extensions
 import psycopg2.extras
-from sqlalchemy import Engine, create_engine
 
 DependencyDown = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.errors.ReadOnlySqlTransaction)
 """What psycopg2 raises when Postgres cannot be reached, restarts, takes no writes, or runs out of
@@ -70,18 +69,6 @@ def transaction(cursor: Cursor) -> Iterator[None]:
         cursor.execute("ROLLBACK")
         raise
     cursor.execute("COMMIT")
-
-
-def create_pool(url: str, application_name: str, size: int = 4) -> Engine:
-    """A pooled engine for admin reads and writes, called from threads."""
-    return create_engine(
-        url.replace("postgresql://", "postgresql+psycopg2://", 1),
-        pool_size=size,
-        max_overflow=0,
-        pool_timeout=2,
-        pool_pre_ping=True,
-        connect_args={"application_name": application_name, "options": _OPTIONS, **_NETWORK},
-    )
 
 
 def count(cursor: Cursor, application_name: str) -> int:

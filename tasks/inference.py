@@ -22,7 +22,7 @@ from catalog import ModelSpec
 from db import jobs
 from db.jobs import Claimed, Suspect
 from db.lanes import Answer, Lane, LaneDown
-from db.models import JobStatus
+from db.states import JobStatus
 from tasks import celery, metrics, replay, responses, responses_encoders, stream, transport
 from tasks.call import VERSION, Call
 from tasks.fair_share import Level

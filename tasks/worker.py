@@ -23,7 +23,7 @@ from backends.registry import backend_class
 from db import flights, jobs, session, workers
 from db.jobs import Claimed, Ended
 from db.lanes import Lane, LaneDown
-from db.models import JobStatus
+from db.states import JobStatus
 from tasks import inference, transport
 from tasks.gate import Gate
 from tasks.inference import Run

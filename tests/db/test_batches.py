@@ -12,8 +12,8 @@ from db import accept, batches, files, session
 from db.accept import Idempotency, Reserved
 from db.batches import Answer, Batch, NewBatch, NewItem, Valid
 from db.files import Chunk, Finished
-from db.models import BatchStatus
 from db.session import Cursor
+from db.states import BatchStatus
 from tests.db.test_jobs import new
 
 KEY_ID = uuid.uuid4()

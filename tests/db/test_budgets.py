@@ -15,8 +15,8 @@ from db import accept, api_keys, budgets, flights, jobs, recovery, removal, sess
 from db.accept import Idempotency, Inserted, NewJob, Reserved
 from db.budgets import Refused
 from db.jobs import Claimed, Ended, Finished
-from db.models import JobStatus
 from db.session import Cursor
+from db.states import JobStatus
 from db.tenants import Limits
 from tests.db.test_jobs import new, worker
 

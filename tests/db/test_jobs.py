@@ -16,8 +16,8 @@ from db import accept, job_views, jobs, recovery, session, workers
 from db.accept import NewJob
 from db.job_views import Filter
 from db.jobs import Claimed, Ended, Finished
-from db.models import TERMINAL, TRANSITIONS, JobStatus
 from db.session import Cursor
+from db.states import TERMINAL, TRANSITIONS, JobStatus
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
-"""Transactions whose BEGIN travels with their first statement."""
+"""Transactions whose BEGIN travels with their first statement, and what opening connections loads."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import psycopg2
@@ -52,3 +54,10 @@ def test_a_transaction_without_a_statement_leaves_none_behind(cursor: Cursor) ->
     cursor.execute("INSERT INTO kept VALUES (1)")
     assert cursor.connection.info.transaction_status == TRANSACTION_STATUS_IDLE
     assert numbers(cursor) == [1]
+
+
+def test_only_a_migration_loads_sqlalchemy() -> None:
+    """It would be half of what a reconciler's start takes."""
+    code = "import sys, api.server, api.batcher, tasks.reconciler, tasks.worker; print('sqlalchemy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

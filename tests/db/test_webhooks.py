@@ -12,8 +12,8 @@ import pytest
 from db import accept, flights, job_views, jobs, recovery, removal, session, webhooks, workers
 from db.accept import NewJob
 from db.jobs import Ended, Finished
-from db.models import JobStatus
 from db.session import Cursor
+from db.states import JobStatus
 from db.webhooks import Filter, Tried
 
 HOOK = '{"url": "http://receiver/"}'

@@ -13,7 +13,7 @@ import settings
 from api import cli
 from api import metrics as http_metrics
 from api.app import create_app
-from db.models import TERMINAL, TRANSITIONS
+from db.states import TERMINAL, TRANSITIONS
 from tasks import metrics
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from db.models import TERMINAL, TRANSITIONS, JobStatus
+from db.states import TERMINAL, TRANSITIONS, JobStatus
 from tasks.stream import RUN_STEP
 from tests.faults.audit import Job, Ledger, Transition
 from tests.faults.history import Record, prompt_of

@@ -21,8 +21,7 @@ import httpx
 import psutil
 import redis
 
-from api import errors
-from db import migrate, models, session
+from db import migrate, session
 from local import servers
 from tests.faults import audit
 from tests.faults.history import Clients, History, Record
@@ -55,9 +54,6 @@ MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 """Version 1 of control groups."""
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 FEATURES: Mapping[str, bool] = {
-    "idempotency": "idempotency_key_reuse" in errors.TABLE,
-    "quarantine": "quarantined" in errors.TABLE,
-    "coalescing": hasattr(models.Job, "leader_id"),
     "root": os.geteuid() == 0,
     "cgroups": os.access(MEMORY_GROUPS, os.W_OK) and os.geteuid() == 0,
     "networks": os.geteuid() == 0 and shutil.which("ip") is not None,
@@ -70,9 +66,7 @@ _PROMPT_S = 1.2
 """Less than SWITCHYARD_RESEND_AFTER_S of the test profile."""
 _PROBE_S = 15.0
 
-MIX = {"job": 4.0, "long": 3.0, "ask": 2.0, "cached": 1.0, "stream": 2.0, "cancel": 1.0, "foreign": 0.3}
-if FEATURES["idempotency"]:
-    MIX["keyed"] = 1.5
+MIX = {"job": 4.0, "long": 3.0, "ask": 2.0, "cached": 1.0, "stream": 2.0, "cancel": 1.0, "keyed": 1.5, "foreign": 0.3}
 
 NAMES = ("reconciler-a", "reconciler-b", "gateway-a", "gateway-b", "worker-a", "worker-b")
 
@@ -340,9 +334,6 @@ class Lab:
         before = audit.look(self.url)
         time.sleep(2)
         return before, audit.look(self.url)
-
-    def has(self, feature: str) -> bool:
-        return FEATURES[feature]
 
     def times(self, short: int, long: int) -> int:
         return long if self.is_long else short

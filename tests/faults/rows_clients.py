@@ -221,7 +221,7 @@ def crossed_wires(lab: Lab) -> list[float]:
     return lab.answers_again()
 
 
-@row("F86", "one Idempotency-Key, fifty requests at once on two gateways", "I7", within_s=5, needs="idempotency")
+@row("F86", "one Idempotency-Key, fifty requests at once on two gateways", "I7", within_s=5)
 def one_key(lab: Lab) -> list[float]:
     async def race() -> set[str | None]:
         client, nonce = lab.clients, lab.clients.nonce()
@@ -243,7 +243,7 @@ def one_key(lab: Lab) -> list[float]:
     return [(time.monotonic() - since) / lab.times(4, 200)]
 
 
-@row("F87", "the same question, very often, at once; its worker dies", "I3 I5 I8", within_s=30, needs="coalescing")
+@row("F87", "the same question, very often, at once; its worker dies", "I3 I5 I8", within_s=30)
 def stampede(lab: Lab) -> list[float]:
     number = lab.times(150, 1000)
     question = f"stampede {lab.clients.nonce()}"

@@ -36,14 +36,13 @@ def _at_point(lab: Lab, patch: str) -> tuple[Record, float]:
     lab.start(name)
     url = f"http://127.0.0.1:{lab.ports[name]}"
     nonce = lab.clients.nonce()
-    key = f"key-{nonce}" if lab.has("idempotency") else None
+    key = f"key-{nonce}"
     seen = lab.clients.run(lab.clients.submit(nonce, "default", {}, key=key, url=url))
     lab.reap(name)
     died = time.time()
-    if key is not None:
-        again = lab.clients.run(lab.clients.submit(nonce, "default", {}, key=key))
-        assert again.job_id is not None, "a retry with the same key was not taken"
-        lab.clients.run(lab.clients.wait(again.job_id, nonce))
+    again = lab.clients.run(lab.clients.submit(nonce, "default", {}, key=key))
+    assert again.job_id is not None, "a retry with the same key was not taken"
+    lab.clients.run(lab.clients.wait(again.job_id, nonce))
     return seen, died
 
 
@@ -54,7 +53,7 @@ def before_commit(lab: Lab) -> list[float]:
         seen, _ = _at_point(lab, "import db.accept\ndb.accept.insert = db.accept.insert_once = die")
         assert seen.type == "info", f"answered {seen.status} before the commit"
         made = lab.query("SELECT count(*) FROM jobs")[0][0] - rows
-        assert made == int(lab.has("idempotency")), f"{made} rows"
+        assert made == 1, f"{made} rows"
     return [0.0]
 
 
@@ -322,7 +321,7 @@ def poison(lab: Lab) -> list[float]:
     return [took]
 
 
-@row("F19q", "poison sent again is refused", "I6", within_s=1, needs="quarantine")
+@row("F19q", "poison sent again is refused", "I6", within_s=1)
 def quarantined(lab: Lab) -> list[float]:
     body = {"endpoint": "/v1/completions", "body": {"model": "echo", "prompt": f"poison {lab.clients.nonce()}", "max_tokens": 9, "options": {"fail": "exit"}}}  # fmt: skip
     with lab.stack.client() as client, lab.supervised():

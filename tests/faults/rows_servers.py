@@ -276,7 +276,7 @@ def terminations(lab: Lab) -> list[float]:
 def commit_ambiguity(lab: Lab) -> list[float]:
     proxy = lab.proxies["gateway-postgres"]
     before = proxy.num_dropped
-    mix = {"job": 1.0, "keyed": 1.0} if lab.has("idempotency") else {"job": 1.0}
+    mix = {"job": 1.0, "keyed": 1.0}
     with lab.supervised(), lab.traffic(rate=10, mix=mix):
         for _ in range(lab.times(10, 200)):
             proxy.set(Mode.DROP_REPLY, marker=b"INSERT INTO jobs")

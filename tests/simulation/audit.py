@@ -13,7 +13,7 @@ from typing import Any
 from db.accept import Idempotency
 from db.job_views import Outcome
 from db.jobs import Claimed, Ended, Finished
-from db.models import RETRYABLE, TERMINAL, TRANSITIONS, JobStatus
+from db.states import RETRYABLE, TERMINAL, TRANSITIONS, JobStatus
 from tests.simulation.kernel import Violation
 from tests.simulation.store import DEATHS, LOCK_GRACE_S, JobRow, SimStore
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from db.accept import Idempotency, NewJob, Reserved
 from db.jobs import Ended, Finished
-from db.models import JobStatus
+from db.states import JobStatus
 from db.workers import Heartbeat
 from tasks import reconciler
 from tests.simulation.processes import Client, Gateway, Lane, Reconciler, Worker

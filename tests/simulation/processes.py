@@ -17,7 +17,7 @@ import psycopg2
 
 from db.accept import Idempotency, Inserted, NewJob, Reserved
 from db.lanes import LaneDown
-from db.models import JobStatus
+from db.states import JobStatus
 from db.workers import Heartbeat
 from settings import Settings
 from tasks import reconciler, transport

@@ -24,7 +24,7 @@ import orjson
 from db.accept import Idempotency, Inserted, NewJob, Reserved
 from db.job_views import Depth, Outcome
 from db.jobs import Claimed, Ended, Finished, Owned, Suspect
-from db.models import RETRYABLE, TERMINAL, JobStatus
+from db.states import RETRYABLE, TERMINAL, JobStatus
 from db.workers import Heartbeat
 
 LOCK_GRACE_S = 10.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from db.accept import Idempotency, NewJob
-from db.models import TERMINAL
+from db.states import TERMINAL
 from tests.simulation.audit import Audit
 from tests.simulation.broker import Redis
 from tests.simulation.kernel import Kernel

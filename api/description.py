@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api.error_forms import FORMS, Form, anthropic, tei
-from api.schemas import ENDPOINTS
+from api.schemas import ENDPOINTS, request_body
 
 Schema = dict[str, Any]
 
@@ -52,6 +52,8 @@ def install(app: FastAPI) -> None:
 def _described(document: Schema) -> Schema:
     for path, operations in document["paths"].items():
         for operation in operations.values():
+            if isinstance(body := operation.get("requestBody"), str):
+                operation["requestBody"] = request_body(body)
             _add_answers(path, operation["responses"])
             operation["responses"].pop("422", None)  # FastAPI's own answer to bad parameters, which none here gives
             refused = {"description": "Refused.", "content": _refusal(path)}

@@ -125,11 +125,17 @@ def read(model: type[AnyWireModel], body: dict[str, Any]) -> AnyWireModel:
 
 
 def openapi_extra(path: str) -> dict[str, Any]:
-    """The requestBody of a route that reads its body itself, for FastAPI's `openapi_extra`."""
+    """Names the body of a route that reads it itself, for FastAPI's `openapi_extra`. The API's description puts
+    `request_body` there when it is asked for: all of them take a tenth of a gateway's start."""
+    return {"requestBody": path}
+
+
+def request_body(path: str) -> dict[str, Any]:
+    """OpenAPI's Request Body Object of `openapi_extra(path)`."""
     schema = BODIES[path].model_json_schema()
     definitions = schema.pop("$defs", {})
     content = {"application/json": {"schema": _inlined(schema, definitions)}}
-    return {"requestBody": {"required": True, "content": content}}
+    return {"required": True, "content": content}
 
 
 def _check_limits(call: Call, limits: LimitsEntry) -> None:
@@ -201,11 +207,11 @@ def _param(loc: Sequence[str | int]) -> str | None:
 
 
 def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
-    """`$ref`s of a schema point to the document's root, which is OpenAPI's own here."""
+    """Without `$ref`s, which point to the document's root, OpenAPI's own here, and without defaults of null."""
     if isinstance(schema, list):
         return [_inlined(item, definitions) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if "$ref" in schema:
         return _inlined(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
-    return {key: _inlined(value, definitions) for key, value in schema.items()}
+    return {key: _inlined(value, definitions) for key, value in schema.items() if (key, value) != ("default", None)}

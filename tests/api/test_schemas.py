@@ -428,8 +428,8 @@ def test_limits_of_the_installation() -> None:
 
 @pytest.mark.parametrize("path", [*MINIMAL, "/v1/jobs", "/v1/tokenize", "/v1/detokenize", "/v1/messages/count_tokens"])
 def test_openapi_schema_stands_alone(path: str) -> None:
-    extra = schemas.openapi_extra(path)
-    schema = extra["requestBody"]["content"]["application/json"]["schema"]
+    body = schemas.request_body(path)
+    schema = body["content"]["application/json"]["schema"]
     assert "$ref" not in json.dumps(schema)
     assert schema["additionalProperties"] is False
     assert "model" in schema["properties"] or "endpoint" in schema["properties"]

@@ -31,9 +31,14 @@ limits: {body_bytes: 65536, inputs: 64, n: 8}
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files come first, so that no process is left alone with one of them at the end."""
-    heavy = {item.path for item in items if any(item.get_closest_marker(name) for name in ("models", "vllm", "slow"))}
-    items.sort(key=lambda item: item.path not in heavy)
+    """Long files come first, so that no process is left alone with one of them at the end: those that load models,
+    then those that start processes."""
+    weights = {"models": 2, "vllm": 2, "slow": 2, "e2e": 1}
+    heaviest: dict[Path, int] = {}
+    for item in items:
+        weight = max((weights.get(mark.name, 0) for mark in item.iter_markers()), default=0)
+        heaviest[item.path] = max(weight, heaviest.get(item.path, 0))
+    items.sort(key=lambda item: -heaviest[item.path])
 
 
 @pytest.fixture(scope="session")

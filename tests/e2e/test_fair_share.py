@@ -27,15 +27,17 @@ def stack(server_urls: tuple[str, str], tmp_path: Path) -> Iterator[Stack]:
         yield stack
 
 
-def submit(client: httpx.Client, **fields: Any) -> httpx.Response:
-    body = {"model": "echo", "prompt": f"{uuid.uuid4()}", "max_tokens": 4, "options": {"first_token_ms": 500}}
+def submit(client: httpx.Client, first_token_ms: int = 500, **fields: Any) -> httpx.Response:
+    options = {"first_token_ms": first_token_ms}
+    body = {"model": "echo", "prompt": f"{uuid.uuid4()}", "max_tokens": 4, "options": options}
     return client.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": body, **fields})
 
 
 def test_a_late_tenant_overtakes_a_backlog_and_priorities_order_it(stack: Stack) -> None:
     with stack.client(stack.create_key("flood")) as flood, stack.client(stack.create_key("late")) as late:
-        for _ in range(24):
-            assert submit(flood).status_code == 202
+        # Two that hold the slots while the rest is submitted, however slow the machine.
+        for first_token_ms in [5000, 5000] + [200] * 24:
+            assert submit(flood, first_token_ms).status_code == 202
         flexible = submit(flood, priority="flex").json()["id"]
         urgent = submit(flood, priority="priority").json()["id"]
         other = submit(late).json()["id"]
@@ -46,10 +48,10 @@ def test_a_late_tenant_overtakes_a_backlog_and_priorities_order_it(stack: Stack)
     rows = stack.query("SELECT id FROM jobs WHERE tenant IN ('flood', 'late') ORDER BY started_at")
     order = [str(row[0]) for row in rows]
     places = {name: order.index(job_id) for name, job_id in (("other", other), ("urgent", urgent), ("flex", flexible))}
-    # 27 jobs, 2 at a time; a handful had started when the last were submitted, and messages travel in bunches.
+    # 29 jobs, 2 at a time, and messages travel in bunches.
     assert places["other"] < 16, places
     assert places["urgent"] < 16, places
-    assert places["flex"] >= 24, places
+    assert places["flex"] >= 26, places
 
 
 def test_one_tenant_cannot_fill_the_queue(stack: Stack) -> None:

@@ -252,10 +252,10 @@ def two(server_urls: tuple[str, str], tmp_path: Path) -> Iterator[Stack]:
 
 def test_jobs_of_a_backend_without_workers_move_to_another(two: Stack) -> None:
     with two.client(timeout_s=60) as client:
-        paths = [submit(client, f"moved {number}", first_token_ms=4000) for number in range(8)]
+        paths = [submit(client, f"moved {number}", first_token_ms=3000) for number in range(8)]
         two.wait_until(lambda: client.get(paths[-1]).json()["status"] == "running", "running jobs")
-        two.start_worker("two")
         two.kill("one")
+        two.start_worker("two")
         assert answers(client, paths) == [f"moved {number}" for number in range(8)]
         explained = client.get(f"{paths[0]}/explain").json()
     assert explained["backend"] == "two"

@@ -60,8 +60,8 @@ mutants: install-dev ## Seed faults into the code and the history: the checker m
 simulate: install-dev ## Play schedules of crashes and losses through the core; ARGS, e.g. "--seeds 100000"
 	@$(RUN) -m tests.simulation $(ARGS)
 
-fuzz-api: install-dev ## Send requests made from the API's description, many of each (10 min)
-	SWITCHYARD_FUZZ_EXAMPLES=200 $(RUN) -m pytest tests/e2e/test_openapi.py $(ARGS)
+fuzz-api: install-dev ## Send requests made from the API's description, many of each (6 min)
+	SWITCHYARD_FUZZ_EXAMPLES=200 $(RUN) -m pytest -rP tests/e2e/test_openapi.py $(ARGS)
 
 fuzz-parsers: install-dev ## Feed what is read with text from outside a hundred times the examples of make test, all new (15 min)
 	SWITCHYARD_FUZZ_FACTOR=100 $(RUN) -m pytest --timeout 1200 --hypothesis-show-statistics $(ARGS) \

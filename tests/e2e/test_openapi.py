@@ -18,8 +18,8 @@ from tests.stack import Stack
 
 pytestmark = pytest.mark.e2e
 
-EXAMPLES = os.environ.get("SWITCHYARD_FUZZ_EXAMPLES", "2")
-"""Per operation; `make fuzz-api` asks for more."""
+EXAMPLES = os.environ.get("SWITCHYARD_FUZZ_EXAMPLES")
+"""Per operation; `make fuzz-api` asks for many, and for others each time. Else they are few and the same."""
 WORKERS = "1"
 """With two, ast.parse, by which hypothesis reads code, now and then fails: CPython counts its depth for all threads."""
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
@@ -54,15 +54,16 @@ def description(stack: Stack) -> dict[str, Any]:
 def test_requests_made_from_the_description_are_answered_as_it_says(stack: Stack, tmp_path: Path) -> None:
     secret = stack.create_key("operators", is_admin=True)
     (tmp_path / "openapi.json").write_text(json.dumps(description(stack)))
+    generation = ["--max-examples", EXAMPLES] if EXAMPLES else ["--max-examples", "2", "--generation-deterministic"]
     done = subprocess.run(
         [
             Path(sys.executable).with_name("schemathesis"), "run", "openapi.json", "--url", stack.url,
             "--header", f"Authorization: Bearer {secret}", "--request-timeout", "60", "--workers", WORKERS,
-            "--checks", CHECKS, "--phases", "coverage,fuzzing", "--max-examples", EXAMPLES, "--generation-deterministic",
-            "--suppress-health-check", "all", "--no-color",
+            "--checks", CHECKS, "--phases", "coverage,fuzzing", *generation, "--suppress-health-check", "all", "--no-color",
         ],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
+    print("Test cases:" + done.stdout.rpartition("Test cases:")[2])
     assert done.returncode == 0, done.stdout.replace(secret, "…")[-12_000:] + done.stderr[-2000:]
     assert "internal_error" not in (stack.logs / "gateway.log").read_text()
 

@@ -64,7 +64,7 @@ fuzz-api: install-dev ## Send requests made from the API's description, many of 
 	SWITCHYARD_FUZZ_EXAMPLES=200 $(RUN) -m pytest -rP tests/e2e/test_openapi.py $(ARGS)
 
 fuzz-parsers: install-dev ## Feed what is read with text from outside a hundred times the examples of make test, all new (15 min)
-	SWITCHYARD_FUZZ_FACTOR=100 $(RUN) -m pytest --timeout 1200 --hypothesis-show-statistics $(ARGS) \
+	SWITCHYARD_FUZZ_FACTOR=100 $(RUN) -m pytest -n auto --timeout 3600 --hypothesis-show-statistics $(ARGS) \
 		tests/api/test_any_input.py tests/api/test_decoding.py tests/api/test_fingerprints.py tests/tasks/test_event_codec.py
 
 check: install-dev ## Check format, lint, types and the direction of imports

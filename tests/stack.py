@@ -106,9 +106,11 @@ class Stack:
             backend,
         ]
         argv += ["-n", f"{name}@%h", "-E", *CELERY_OPTIONS]
+        # The row of one of that name that was killed may say "ready" for a while yet.
+        before = self.query("SELECT coalesce(max(id), 0) FROM workers")[0][0]
         self._start(name, argv, {"SWITCHYARD_BACKEND": backend, "SWITCHYARD_WORKER_NAME": name, **environment})
-        ready = "SELECT 1 FROM workers WHERE name = %s AND state = 'ready'"
-        self.wait_until(lambda: bool(self.query(ready, name)), f"worker {name} ready", wait_s)
+        ready = "SELECT 1 FROM workers WHERE name = %s AND state = 'ready' AND id > %s"
+        self.wait_until(lambda: bool(self.query(ready, name, before)), f"worker {name} ready", wait_s)
         if any(known.startswith("gateway") for known in self.processes):
             self.wait_until(lambda: self._serves(backend), f"gateway knows {name}")
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 import settings
-from api import description, error_forms, errors
+from api import description, error_forms, error_handlers
 from api.auth import Keys
 from api.batch_answers import Batches
 from api.files import Files
@@ -53,7 +53,7 @@ def create_app() -> FastAPI:
         app.include_router(family.router)
     for more in (inference.aliases, models.aliases, tei.descriptions, admin.router, health.router):
         app.include_router(more)
-    errors.install(app, error_forms.FORMS)
+    error_handlers.install(app, error_forms.FORMS)
     app.add_middleware(RequestLog)
     description.install(app)
     return app

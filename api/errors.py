@@ -1,30 +1,20 @@
-"""Every way a call can be refused or fail, and the one place that turns it into an HTTP answer.
+"""Every way a call can be refused or fail, and how each is written.
 
 Each class below is a row of the table: status, OpenAI error type, code, default message. Raise one
-anywhere between the request and the answer; `install` renders it. Messages are our own words: no text
-of the request ever appears in one.
+anywhere between the request and the answer; `api.error_handlers` answers with it. Messages are our own
+words: no text of the request ever appears in one.
 """
 
 import math
-import sys
 from collections.abc import Mapping
 from http import HTTPStatus
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import orjson
-import structlog
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from api.error_forms import Form
-
-log = structlog.get_logger(__name__)
 
 
 class APIError(Exception):
@@ -338,95 +328,8 @@ def from_job(error: Mapping[str, Any]) -> APIError:
     return row(error.get("message"), param=error.get("param"))
 
 
-def install(app: FastAPI, forms: "Mapping[str, Form] | None" = None) -> None:
-    """Answer every failure of `app` from the table, on the paths of `forms` in theirs. Call after its other
-    middleware is added, so that failures of those are answered too."""
-    app.state.error_forms = forms or {}
-    app.add_exception_handler(APIError, _on_api_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(RequestValidationError, _on_framework_validation)
-    app.add_middleware(_LastResort)
-
-
 def _problem(error: APIError, request_id: str | None) -> dict[str, Any]:
     title = HTTPStatus(error.status).phrase
     body = {"type": error.problem, "title": title, "status": error.status, "detail": error.message}
     known = {"code": error.code, "param": error.param, "request_id": request_id}
     return body | {name: value for name, value in known.items() if value is not None}
-
-
-def _answer(request: Request, error: APIError) -> Response:
-    request_id = getattr(request.state, "request_id", None)
-    if (entry := getattr(request.state, "log", None)) is not None:
-        entry.error_code = error.code
-    form = request.app.state.error_forms.get(request.url.path)
-    return render(error, request_id=request_id, accept=request.headers.get("accept", ""), form=form)
-
-
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, APIError)
-    return _answer(request, error)
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """What the framework raises by itself: routing, and bodies that routes left to it."""
-    assert isinstance(error, HTTPException)
-    row = _BY_STATUS.get(error.status_code) or (InvalidRequest if error.status_code < 500 else InternalError)
-    response = _answer(request, row())
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_framework_validation(request: Request, error: Exception) -> Response:
-    """Path and query parameters. The framework's own answer repeats the input; this names the field."""
-    assert isinstance(error, RequestValidationError)
-    first: dict[str, Any] = dict(error.errors()[0]) if error.errors() else {}
-    where = [str(part) for part in first.get("loc", ())[1:]]
-    is_declared = first.get("type") != "extra_forbidden"
-    return _answer(request, InvalidValue(param=".".join(where) if where and is_declared else None))
-
-
-_BY_STATUS = {
-    row.status: row for row in (NotFound, MethodNotAllowed, Unauthorized, Forbidden, PayloadTooLarge, RateLimited)
-} | {415: UnsupportedMediaType, 503: DependencyUnavailable}
-
-
-class _LastResort:
-    """Answers what nothing else caught, and logs its type and place but not its text: messages of
-    foreign exceptions may hold parts of a request. The server's own handler would print the traceback.
-
-    Once an answer has begun it cannot be replaced: returning without its end makes the server close the
-    connection, which a client sees as a truncated answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        has_begun = False
-
-        async def watch(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = has_begun or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            await self.app(scope, receive, watch)
-        except ClientDisconnect:
-            return
-        except Exception as error:
-            request = Request(scope)
-            request_id = getattr(request.state, "request_id", None)
-            log.error("internal_error", error=type(error).__name__, place=_place(), request_id=request_id)
-            if not has_begun:
-                await _answer(request, error if isinstance(error, APIError) else InternalError())(scope, receive, send)
-
-
-def _place() -> str:
-    """Where the exception now being handled was raised, as file:line."""
-    trace = sys.exc_info()[2]
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""

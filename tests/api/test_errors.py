@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from structlog.testing import capture_logs
 
-from api import errors
+from api import error_handlers, errors
 
 EXPECTED = {
     "invalid_json": 400,
@@ -186,7 +186,7 @@ async def client() -> httpx.AsyncClient:
         response: Response = await following(request)
         return response
 
-    errors.install(app)
+    error_handlers.install(app)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=True), base_url="http://test")
 
 
@@ -242,5 +242,5 @@ async def test_a_crash_after_the_first_byte_ends_the_answer_unfinished() -> None
     async def keep(message: Any) -> None:
         sent.append(message)
 
-    await errors._LastResort(app)({"type": "http", "headers": []}, None, keep)  # type: ignore[arg-type]
+    await error_handlers._LastResort(app)({"type": "http", "headers": []}, None, keep)  # type: ignore[arg-type]
     assert [message["type"] for message in sent] == ["http.response.start"]

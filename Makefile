@@ -63,8 +63,8 @@ simulate: install-dev ## Play schedules of crashes and losses through the core; 
 fuzz-api: install-dev ## Send requests made from the API's description, many of each (6 min)
 	SWITCHYARD_FUZZ_EXAMPLES=200 $(RUN) -m pytest -rP tests/e2e/test_openapi.py $(ARGS)
 
-fuzz-parsers: install-dev ## Feed what is read with text from outside a hundred times the examples of make test, all new (15 min)
-	SWITCHYARD_FUZZ_FACTOR=100 $(RUN) -m pytest -n auto --timeout 3600 --hypothesis-show-statistics $(ARGS) \
+fuzz-parsers: install-dev ## Feed what is read with text from outside twenty times the examples of make test, all new (10 min)
+	SWITCHYARD_FUZZ_FACTOR=20 $(RUN) -m pytest -n auto --timeout 3600 --hypothesis-show-statistics $(ARGS) \
 		tests/api/test_any_input.py tests/api/test_decoding.py tests/api/test_fingerprints.py tests/tasks/test_event_codec.py
 
 check: install-dev ## Check format, lint, types and the direction of imports

@@ -105,7 +105,7 @@ class History:
 
     def nemesis(self, what: str, url: str = "") -> None:
         """Something the harness did: `frozen` and `thawed` name a gateway that cannot answer meanwhile, between
-        `severed` and `joined` gateways do not reach Postgres."""
+        `severed` and `joined` gateways do not reach Postgres, or its table."""
         self.add(Record(op=0, type="info", kind=what, url=url, at=time.monotonic()))
 
     def close(self) -> None:

@@ -194,6 +194,15 @@ class Lab:
             cursor.execute(f"LOCK TABLE {table} IN {mode}")
             yield
 
+    @contextlib.contextmanager
+    def severed(self) -> Iterator[None]:
+        """Note in the history that the gateways' statements wait meanwhile, whatever it is that holds them up."""
+        self.history.nemesis("severed")
+        try:
+            yield
+        finally:
+            self.history.nemesis("joined")
+
     def peek(self, gateway: str) -> None:
         """Note how many messages are in the queue while the rows of some calls cannot be committed."""
         url = f"http://127.0.0.1:{self.ports[gateway]}"

@@ -45,17 +45,14 @@ def _through(
     lab: Lab, names: tuple[str, ...], mode: Mode, *, delay_s: float = 0.0, marker: bytes = b""
 ) -> Iterator[None]:
     is_severed = "gateway-postgres" in names and mode is not Mode.DELAY
-    for name in names:
-        lab.proxies[name].set(mode, delay_s=delay_s, marker=marker)
-    if is_severed:
-        lab.history.nemesis("severed")
-    try:
-        yield
-    finally:
+    with lab.severed() if is_severed else contextlib.nullcontext():
         for name in names:
-            lab.proxies[name].set(Mode.PASS)
-        if is_severed:
-            lab.history.nemesis("joined")
+            lab.proxies[name].set(mode, delay_s=delay_s, marker=marker)
+        try:
+            yield
+        finally:
+            for name in names:
+                lab.proxies[name].set(Mode.PASS)
 
 
 def _command(broker: Any, *words: str) -> None:
@@ -291,7 +288,7 @@ def commit_ambiguity(lab: Lab) -> list[float]:
 @row("F55", "LOCK TABLE jobs for longer than a statement may take", "I5 I9", within_s=6)
 def table_lock(lab: Lab) -> list[float]:
     with lab.supervised(), lab.traffic():
-        with lab.locked("jobs", "ACCESS EXCLUSIVE MODE"):
+        with lab.severed(), lab.locked("jobs", "ACCESS EXCLUSIVE MODE"):
             time.sleep(lab.times(5, 20))
         return lab.answers_again()
 

@@ -105,9 +105,8 @@ class _LastResort:
             request_id = getattr(request.state, "request_id", None)
             log.error("internal_error", error=type(error).__name__, place=_place(), request_id=request_id)
             if not has_begun:
-                await _answer(request, error if isinstance(error, APIError) else errors.InternalError())(
-                    scope, receive, send
-                )
+                answer = _answer(request, error if isinstance(error, APIError) else errors.InternalError())
+                await answer(scope, receive, send)
 
 
 def _place() -> str:

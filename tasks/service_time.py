@@ -44,7 +44,8 @@ class ServiceTime:
             average[name] += _WEIGHT * (value - average[name])
 
     def stats(self) -> dict[str, Any]:
-        """As the heartbeat reports it."""
+        """As the heartbeat reports it. `run_ms` and its quantiles last until the answer was stored, while the slot was
+        held; a job's own `run_ms` ends with the answer."""
         return {
             model: {name: round(value, 3) for name, value in (average | self._spread(model)).items()}
             # A copy: another thread reports while the event loop observes.

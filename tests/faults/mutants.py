@@ -91,9 +91,16 @@ def rewrite(module, name, *changes):
         assert old in source, f"{name} no longer has {old!r}: this mutant is not one any more"
         source = source.replace(old, new)
     exec(compile(source, module.__file__, "exec"), module.__dict__)
-def late(function, seconds):
+def late(function, status):
+    # Not before another worker has brought one of the jobs to that status.
+    sql = "SELECT 1 FROM jobs WHERE id = ANY(%s) AND status = %s AND worker_id <> %s"
     def wait_first(cursor, items):
-        time.sleep(seconds)
+        print("storing late", flush=True)
+        for _ in range(200):
+            cursor.execute(sql, ([item.id for item in items], status, items[0].worker_id))
+            if cursor.fetchone():
+                break
+            time.sleep(0.05)
         return function(cursor, items)
     wait_first.__name__ = function.__name__
     return wait_first
@@ -103,13 +110,13 @@ _FENCE = "{_OWNS}\n            ORDER"
 
 _UNFENCED = f"""{_REWRITE}
 rewrite(db.jobs, "finish", ({_FENCE!r}, "j.status = 'running'\\n            ORDER"))
-db.jobs.finish = late(db.jobs.finish, 3)
+db.jobs.finish = late(db.jobs.finish, "running")
 """
 
 _COMPLETED_AGAIN = f"""{_REWRITE}
 rewrite(db.jobs, "finish", ({_FENCE!r}, "j.status IN ('running', 'succeeded')\\n            ORDER"),
         ("sha256, events FROM done)", "sha256, events FROM done ON CONFLICT (job_id) DO UPDATE SET body = excluded.body)"))
-db.jobs.finish = late(db.jobs.finish, 6)
+db.jobs.finish = late(db.jobs.finish, "succeeded")
 """
 
 _UNCAPPED = """
@@ -170,11 +177,13 @@ db.workers.bury = bury_by_own_clock
 """
 
 
-def _declare_dead(lab: Lab, token_ms: float, after_s: float) -> None:
-    """Jobs on both workers; one is declared dead while it stores its results, very slowly."""
+def _declare_dead(lab: Lab, token_ms: float) -> None:
+    """Jobs on both workers; one is declared dead while it stores its first results, very slowly."""
+    log = lab.stack.logs / "worker-a.log"
+    before = log.read_text(errors="replace").count("storing late")
     with lab.supervised():
         started = [lab.clients.begin(lab.clients.job(token_ms=token_ms)) for _ in range(20)]
-        time.sleep(after_s)
+        lab.until(lambda: log.read_text(errors="replace").count("storing late") > before, "a late result", 30)
         lab.query("UPDATE workers SET state = 'dead' WHERE name = 'worker-a' AND state <> 'dead'")
         for future in started:
             future.result(90)
@@ -182,11 +191,11 @@ def _declare_dead(lab: Lab, token_ms: float, after_s: float) -> None:
 
 
 def _unfence(lab: Lab) -> None:
-    _declare_dead(lab, 80, 4.8)
+    _declare_dead(lab, 80)
 
 
 def _complete_again(lab: Lab) -> None:
-    _declare_dead(lab, 30, 2.2)
+    _declare_dead(lab, 30)
 
 
 def _poison(lab: Lab) -> None:

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from api import decoding, errors
 from api.closed_schemas import closed
 from catalog import LimitsEntry
+from tasks.tool_calls import BEGIN, END
 
 MAX_CHARS = 65_536
 MAX_NODES = 8_192
@@ -63,14 +64,23 @@ def of_choice(choices: Sequence[str]) -> str:
     return "start: " + " | ".join(map(_literal, choices))
 
 
-def of_tool_calls(functions: Mapping[str, Mapping[str, Any]], *, is_single: bool) -> str:
+def of_tool_calls(functions: Mapping[str, Mapping[str, Any]], *, is_forced: bool, is_single: bool) -> str:
     """Calls of the functions, by name and the schema of their arguments, in the form that `tasks.tool_calls` reads:
-    one, or at least one."""
-    rules = ["start: call" if is_single else 'start: call ("\\n" call)*']
+    one, or at least one. Where none is forced, any text may stand before them or in their place."""
+    more = "" if is_single else f' ("\\n{BEGIN}" call)*'
+    if is_forced:
+        rules = [f'start: "{BEGIN}" call{more}']
+    else:
+        # A greedy text would take the beginning of a call in and could not go on.
+        rules = [
+            f"start: TEXT | before call{more}",
+            f"TEXT: /(?s:.*)/ & ~/(?s:.*){BEGIN}(?s:.*)/",
+            f"before[lazy]: /(?s:.*){BEGIN}/",
+        ]
     rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
     for number, (name, arguments) in enumerate(functions.items()):
-        head = f'<tool_call>{{"name": {json.dumps(name)}, "arguments": '
-        rules.append(f'call_{number}: {_literal(head)} arguments_{number} "}}</tool_call>"')
+        head = f'{{"name": {json.dumps(name)}, "arguments": '
+        rules.append(f'call_{number}: {_literal(head)} arguments_{number} "}}{END}"')
         rules.append(f"arguments_{number}: {_json({**arguments, 'type': 'object'})}")
     return "\n".join(rules)
 

@@ -29,6 +29,7 @@ from api.schemas import ENDPOINTS
 from api.schemas.tokenize import TokenizeRequest
 from catalog import Catalog, CatalogError, ModelSpec
 from tasks.call import Call
+from tasks.identity import RESPONSES
 
 _INLINE_CHARS = 2_000
 """Longer texts are tokenised in a thread. Tokenising costs 0.28 µs a character, so that this is 0.6 ms
@@ -185,7 +186,7 @@ class FolderTokenizer:
 
     def render(self, messages: _Chat, add_generation_prompt: bool = True, tools: _Tools | None = None) -> list[str]:
         if self._template is None:
-            raise errors.InvalidPrompt("This model has no chat template; use /v1/completions.", param="messages")
+            raise errors.InvalidPrompt("This model has no chat template; use /v1/completions.")
         if not any(map(self._specials.are_in, _texts(messages, tools))):
             return [self._template.render(messages, add_generation_prompt, tools)]
         mark = f"\ufdd0{secrets.token_hex(8)}\ufdd0"
@@ -286,9 +287,7 @@ class _ChatTemplate:
             # A reason that stands in the template itself cannot hold text of the request.
             reason = str(error) if isinstance(error, jinja2.TemplateError) else ""
             known = f": {reason}" if reason and reason in self._source else "."
-            raise errors.InvalidPrompt(
-                f"The model's chat template refuses these messages{known}", param="messages"
-            ) from None
+            raise errors.InvalidPrompt(f"The model's chat template refuses these messages{known}") from None
 
 
 class _GenerationTag(Extension):
@@ -337,7 +336,7 @@ def _pairs(call: Call, model: ModelSpec) -> list[tuple[str, str]]:
 
 def _tokenised_generation(call: Call, model: ModelSpec, tokenizer: ModelTokenizer) -> Call:
     if call.messages is not None:
-        pieces = _rendered(call.messages, call.format.get("tools"), tokenizer)
+        pieces = _rendered(call.messages, call.format.get("tools"), tokenizer, _chat_field(call))
         _check_fewest(call, model, 0, tokenizer.fewest_tokens(_num_chars(pieces)))
         token_ids = [_joined(tokenizer.encode(pieces, False))]
     else:
@@ -360,16 +359,24 @@ def _tokenised_generation(call: Call, model: ModelSpec, tokenizer: ModelTokenize
     return replace(call, inputs=inputs, token_ids=token_ids, max_tokens=max_tokens)
 
 
-def _rendered(messages: _Chat, tools: _Tools | None, tokenizer: ModelTokenizer) -> list[str]:
+def _rendered(messages: _Chat, tools: _Tools | None, tokenizer: ModelTokenizer, field: str = "messages",
+              *, add_generation_prompt: bool = True) -> list[str]:  # fmt: skip
+    """`field` of the request has the messages."""
     if not tokenizer.knows_tools:
         if tools:
             raise errors.UnsupportedParameter("The model's chat template has no place for tools.", param="tools")
         for index, message in enumerate(messages):
             if message["role"] == "tool" or "tool_calls" in message:
-                raise errors.UnsupportedParameter(
-                    "The model's chat template has no place for tools.", param=f"messages.{index}"
-                )
-    return tokenizer.render(messages, tools=tools)
+                where = f"{field}.{index}" if field == "messages" else field
+                raise errors.UnsupportedParameter("The model's chat template has no place for tools.", param=where)
+    try:
+        return tokenizer.render(messages, add_generation_prompt, tools)
+    except errors.InvalidPrompt as error:
+        raise errors.InvalidPrompt(error.message, param=field) from None
+
+
+def _chat_field(call: Call) -> str:
+    return "input" if call.endpoint == RESPONSES else "messages"
 
 
 def _encoded_inputs(call: Call, model: ModelSpec, tokenizer: ModelTokenizer) -> list[list[int]]:
@@ -411,7 +418,7 @@ def _too_long(
 def _where(call: Call, index: int, *, is_pair: bool = False) -> str:
     """The field of the request that text `index` of the call came from, or the second text of pair `index`."""
     if call.messages is not None:
-        return "messages"
+        return _chat_field(call)
     first, *second = ENDPOINTS[call.endpoint].text_fields
     if second:
         queries = 0 if is_pair else call.num_queries
@@ -429,9 +436,9 @@ def _check_vocabulary(tokens: Iterable[int], vocab_size: int, param: str) -> Non
 def _counted(request: TokenizeRequest, model: ModelSpec, tokenizer: ModelTokenizer) -> TokenCount:
     if request.messages is not None:
         messages = [message.as_dict() for message in request.messages]
-        tokens = _joined(
-            tokenizer.encode(tokenizer.render(messages, request.add_generation_prompt is not False), False)
-        )
+        wants_prompt = request.add_generation_prompt is not False
+        pieces = _rendered(messages, None, tokenizer, add_generation_prompt=wants_prompt)
+        tokens = _joined(tokenizer.encode(pieces, False))
     else:
         tokens = tokenizer.encode([request.prompt or ""], request.add_special_tokens is not False)[0]
     return TokenCount(

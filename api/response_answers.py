@@ -255,7 +255,7 @@ def _from_cache(request: Request, call: Call, hit: Hit, metadata: Mapping[str, s
     return Response(streamed, 200, headers | answers.NO_BUFFERING, answers.SSE)
 
 
-async def _context(gateway: Gateway, caller: ApiKey, previous_id: str | None) -> list[dict[str, str]]:
+async def _context(gateway: Gateway, caller: ApiKey, previous_id: str | None) -> list[dict[str, Any]]:
     """The turns up to the end of the response that the new one goes on from."""
     if previous_id is None:
         return []
@@ -268,8 +268,7 @@ async def _context(gateway: Gateway, caller: ApiKey, previous_id: str | None) ->
         raise errors.InvalidValue("previous_response_id names a response without an answer.",
                                   param="previous_response_id")  # fmt: skip
     asked = found.origin.asked
-    answer = {"role": "assistant", "content": shown["output"][0]["content"][0]["text"]}
-    return [*asked["context"], *asked["input"], answer]
+    return [*asked["context"], *asked["input"], response_object.turn_of(shown["output"])]
 
 
 def _json(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:

@@ -11,9 +11,12 @@ from typing import Any
 
 import orjson
 
+from tasks import tool_calls
 from tasks.call import Call
 from tasks.identity import Identity
+from tasks.output import Piece
 from tasks.stream import Event
+from tasks.tool_calls import ToolCall, Visible
 
 JSON = dict[str, Any]
 
@@ -64,17 +67,22 @@ def answered(origin: Origin, stored: bytes, finished: int | None) -> JSON:
     """A response whose job succeeded: completed, or incomplete where the token limit ended it."""
     body = orjson.loads(stored)
     choice = body["choices"][0]
-    entries = (choice["logprobs"] or {}).get("content")
-    return _answered(origin, choice["message"]["content"], choice["finish_reason"], entries, body["usage"], finished)
+    message = choice["message"]
+    calls = [(one["function"]["name"], one["function"]["arguments"]) for one in message.get("tool_calls", ())]
+    entries = (choice["logprobs"] or {}).get("content") or []
+    items = _items(origin, _ending(choice["finish_reason"]), message["content"] or "", entries, calls)
+    return _answered(origin, items, body["usage"], finished)
 
 
-def _answered(origin: Origin, text: str, reason: str | None, logprobs: Sequence[JSON] | None,
-              usage: Mapping[str, int], finished: int | None) -> JSON:  # fmt: skip
-    is_whole = reason != "length"
-    made = _object(origin, "completed" if is_whole else "incomplete")
-    if not is_whole:
+def _ending(reason: str | None) -> str:
+    return "incomplete" if reason == "length" else "completed"
+
+
+def _answered(origin: Origin, items: Sequence[JSON], usage: Mapping[str, int], finished: int | None) -> JSON:
+    made = _object(origin, items[0]["status"])
+    if made["status"] == "incomplete":
         made["incomplete_details"] = {"reason": "max_output_tokens"}
-    made["output"] = [_item(origin, made["status"], [_part(text, logprobs or [])])]
+    made["output"] = list(items)
     made["usage"] = {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -102,15 +110,15 @@ def _object(origin: Origin, status: str) -> JSON:
         "metadata": dict(origin.metadata),
         "model": identity.model,
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": asked.get("parallel_tool_calls", True),
         "previous_response_id": asked.get("previous_response_id"),
         "reasoning": {"effort": None, "summary": None},
         "service_tier": "default",
         "store": asked["store"],
         "temperature": asked["temperature"],
         "text": {"format": asked.get("text_format", {"type": "text"})},
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": asked.get("tool_choice", "auto"),
+        "tools": asked.get("tools", []),
         "top_logprobs": asked["top_logprobs"],
         "top_p": asked["top_p"],
         "truncation": "disabled",
@@ -118,8 +126,27 @@ def _object(origin: Origin, status: str) -> JSON:
     }
 
 
-def _item(origin: Origin, status: str, content: Sequence[JSON]) -> JSON:
+def _items(origin: Origin, status: str, text: str, logprobs: Sequence[JSON], calls: Sequence[tuple[str, str]]
+           ) -> list[JSON]:  # fmt: skip
+    """The message, which is there also where it is empty (a stream opens it before it knows), and each call's name and
+    arguments as an item of its own."""
+    message = _message(origin, status, [_part(text, logprobs)])
+    return [message, *(_call(origin, number, *call) for number, call in enumerate(calls))]
+
+
+def _message(origin: Origin, status: str, content: Sequence[JSON]) -> JSON:
     return {"id": origin.item_id, "type": "message", "status": status, "role": "assistant", "content": list(content)}
+
+
+def _call(origin: Origin, number: int, name: str, arguments: str) -> JSON:
+    return {
+        "id": f"fc_{origin.identity.job_id.hex}{number:02x}",
+        "type": "function_call",
+        "status": "completed",
+        "call_id": tool_calls.call_id(origin.identity, 0, number),
+        "name": name,
+        "arguments": arguments,
+    }
 
 
 def _part(text: str, logprobs: Sequence[JSON]) -> JSON:
@@ -130,19 +157,45 @@ def input_items(origin: Origin) -> list[JSON]:
     """What the response was made from, in the order of the conversation, earlier responses' turns included."""
     asked = origin.asked
     messages = [*asked.get("context", []), *asked.get("input", [])]
-    return [_input_item(origin, number, message) for number, message in enumerate(messages)]
+    items = [item for message in messages for item in _input_items(message)]
+    return [
+        {"id": f"{_PREFIXES[item['type']]}{origin.identity.job_id.hex}{number:04x}", "status": "completed", **item}
+        for number, item in enumerate(items)
+    ]
 
 
-def _input_item(origin: Origin, number: int, message: Mapping[str, str]) -> JSON:
-    role, text = message["role"], message["content"]
-    part = _part(text, []) if role == "assistant" else {"type": "input_text", "text": text}
-    return {
-        "id": f"msg_{origin.identity.job_id.hex}{number:04x}",
-        "type": "message",
-        "status": "completed",
-        "role": role,
-        "content": [part],
-    }
+_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_"}
+
+
+def _input_items(message: JSON) -> Iterator[JSON]:
+    """The items that `api.schemas.response_items` made a chat's message of."""
+    role, text, calls = message["role"], message["content"], message.get("tool_calls", ())
+    if role == "tool":
+        yield {"type": "function_call_output", "call_id": message["tool_call_id"], "output": text}
+        return
+    if text or not calls:
+        part = _part(text, []) if role == "assistant" else {"type": "input_text", "text": text}
+        yield {"type": "message", "role": role, "content": [part]}
+    for call in calls:
+        arguments = orjson.dumps(call["function"]["arguments"]).decode()
+        name = call["function"]["name"]
+        yield {"type": "function_call", "call_id": call["id"], "name": name, "arguments": arguments}
+
+
+def turn_of(output: Sequence[JSON]) -> JSON:
+    """An answer's items as the turn that a later response goes on from."""
+    message, *calls = output
+    made: JSON = {"role": "assistant", "content": message["content"][0]["text"]}
+    if calls:
+        made["tool_calls"] = [
+            {
+                "id": call["call_id"],
+                "type": "function",
+                "function": {"name": call["name"], "arguments": orjson.loads(call["arguments"])},
+            }
+            for call in calls
+        ]
+    return made
 
 
 class ResponseFrames:
@@ -157,6 +210,8 @@ class ResponseFrames:
         self._last = -1
         self._has_begun = False
         self._text = ""
+        self._visible = Visible(origin.call) if origin.call.format.get("tools") else None
+        self._calls: list[ToolCall] = []
         self._logprobs: list[JSON] = []
         self._reason: str | None = None
 
@@ -180,26 +235,40 @@ class ResponseFrames:
         piece = event.piece
         opening = b"" if self._has_begun else self._frames(self._open())
         self._has_begun = True
-        self._text += piece.text
+        shown = self._shown(piece)
+        self._text += shown
         self._logprobs += piece.logprobs
         self._reason = piece.finish_reason
         entries = [{name: entry[name] for name in ("token", "logprob", "top_logprobs")} for entry in piece.logprobs]
-        delta = {**self._where(), "delta": piece.text, "logprobs": entries}
+        delta = {**self._where(), "delta": shown, "logprobs": entries}
         return opening + self._frames([(self.first + event.seq, "response.output_text.delta", delta)])
 
     def end(self, usage: Mapping[str, int] | None, finished: int | None) -> bytes:
-        """The end of the message and of the response."""
+        """The end of the message, the calls, each whole, and the end of the response."""
         assert usage is not None
         logprobs = self._logprobs
-        whole = _answered(self._origin, self._text, self._reason, logprobs, usage, finished)
-        item = whole["output"][0]
+        status = "completed" if self._calls else _ending(self._reason)
+        calls = [(call.name, call.arguments_json) for call in self._calls]
+        message, *others = _items(self._origin, status, self._text, logprobs, calls)
+        whole = _answered(self._origin, [message, *others], usage, finished)
         bodies = [
             ("response.output_text.done", {**self._where(), "text": self._text, "logprobs": logprobs}),
-            ("response.content_part.done", {**self._where(), "part": item["content"][0]}),
-            ("response.output_item.done", {"output_index": 0, "item": item}),
-            (f"response.{whole['status']}", {"response": whole}),
+            ("response.content_part.done", {**self._where(), "part": message["content"][0]}),
+            ("response.output_item.done", {"output_index": 0, "item": message}),
+            *(event for index, call in enumerate(others, 1) for event in _call_events(index, call)),
+            (f"response.{status}", {"response": whole}),
         ]
         return self._frames([(number, name, body) for number, (name, body) in enumerate(bodies, self._last + 1)])
+
+    def _shown(self, piece: Piece) -> str:
+        """What shows of the piece. One that shows nothing has its delta all the same: numbers have no gaps."""
+        if self._visible is None:
+            return piece.text
+        shown = self._visible.push(piece.text)
+        if piece.finish_reason is None:
+            return shown
+        rest, self._calls = self._visible.finish()
+        return shown + rest
 
     def failed(self, error: Mapping[str, Any], status: str | None = None) -> bytes:
         """The end of a response that has no answer; without the job's final `status`, only of this stream."""
@@ -213,7 +282,7 @@ class ResponseFrames:
     def _open(self) -> Iterator[tuple[int, str, JSON]]:
         if self._origin.is_background:
             yield 2, "response.in_progress", {"response": pending(self._origin, "running")}
-        item = _item(self._origin, "in_progress", [])
+        item = _message(self._origin, "in_progress", [])
         yield self._opening, "response.output_item.added", {"output_index": 0, "item": item}
         yield self._opening + 1, "response.content_part.added", {**self._where(), "part": _part("", [])}
 
@@ -229,3 +298,13 @@ class ResponseFrames:
                 data = orjson.dumps({"type": name, "sequence_number": number, **body})
                 made += b"event: %s\nid: %d\ndata: %s\n\n" % (name.encode(), number, data)
         return made
+
+
+def _call_events(index: int, call: JSON) -> Iterator[tuple[str, JSON]]:
+    arguments = call["arguments"]
+    where = {"item_id": call["id"], "output_index": index}
+    begun = {**call, "status": "in_progress", "arguments": ""}
+    yield "response.output_item.added", {"output_index": index, "item": begun}
+    yield "response.function_call_arguments.delta", {**where, "delta": arguments}
+    yield "response.function_call_arguments.done", {**where, "name": call["name"], "arguments": arguments}
+    yield "response.output_item.done", {"output_index": index, "item": call}

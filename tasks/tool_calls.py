@@ -14,7 +14,7 @@ from tasks.call import Call
 from tasks.identity import Identity
 from tasks.output import overlap
 
-_BEGIN, _END = "<tool_call>", "</tool_call>"
+BEGIN, END = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ def of(call: Call, text: str) -> tuple[str, list[ToolCall]]:
 
 def split(text: str) -> tuple[str, list[ToolCall]]:
     """The text before the first call, and the calls. What stands behind a call is not shown."""
-    content, *pieces = text.split(_BEGIN)
-    calls = [_read(piece.partition(_END)[0]) for piece in pieces]
+    content, *pieces = text.split(BEGIN)
+    calls = [_read(piece.partition(END)[0]) for piece in pieces]
     found = [call for call in calls if call is not None]
     return (content, found) if found and len(found) == len(calls) else (text, [])
 
@@ -48,7 +48,7 @@ def split(text: str) -> tuple[str, list[ToolCall]]:
 def join(content: str, calls: Sequence[ToolCall]) -> str:
     """A text that `split` takes apart into the same."""
     spelled = [orjson.dumps({"name": call.name, "arguments": call.arguments}).decode() for call in calls]
-    return content + "".join(f"{_BEGIN}{call}{_END}" for call in spelled)
+    return content + "".join(f"{BEGIN}{call}{END}" for call in spelled)
 
 
 def call_id(identity: Identity, choice: int, number: int) -> str:
@@ -67,8 +67,8 @@ class Visible:
     def push(self, text: str) -> str:
         """The text that can be shown now."""
         self._text += text
-        begin = self._text.find(_BEGIN, self._num_shown)
-        return self._show(begin if begin >= 0 else len(self._text) - overlap(self._text, [_BEGIN]))
+        begin = self._text.find(BEGIN, self._num_shown)
+        return self._show(begin if begin >= 0 else len(self._text) - overlap(self._text, [BEGIN]))
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """The rest of the text, and the calls."""

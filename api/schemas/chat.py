@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from api.schemas.fields import FALSE, MESSAGE_NO_EFFECT, NOTHING, Messages
 from api.schemas.sampling import SAMPLING_NO_EFFECT, Sampling
-from api.schemas.tools import NamedTool, Tools, forced
+from api.schemas.tools import NamedTool, Tools, form_of_calls
 from tasks.call import Call
 
 
@@ -66,10 +66,6 @@ class ChatRequest(Sampling):
             return self
         if (other := super().constraint()) is not None:
             raise PydanticCustomError(f"unsupported:{other[1]}", "cannot be combined with tools")
-        for number, tool in enumerate(self.tools):
-            if tool.function.strict and not self.is_call_forced:
-                field = f"unsupported:tools.{number}.function.strict"
-                raise PydanticCustomError(field, "can only be kept with tool_choice required or a function")
         return self
 
     @property
@@ -78,13 +74,13 @@ class ChatRequest(Sampling):
         return self.tool_choice not in (None, "none", "auto")
 
     def constraint(self) -> tuple[str, str] | None:
-        if not self.is_call_forced or not self.tools:
+        if not self.tools or self.tool_choice == "none":
             return super().constraint()
-        functions = {tool.function.name: tool.function.parameters or {} for tool in self.tools}
         name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         is_single = name is not None or self.parallel_tool_calls is False
+        functions = [tool.function.as_function() for tool in self.tools]
         where = "tools.{}.function.parameters"
-        return forced(functions, where, name=name, is_single=is_single), "tool_choice"
+        return form_of_calls(functions, where, is_forced=self.is_call_forced, name=name, is_single=is_single)
 
     def to_call(self) -> Call:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None

@@ -8,7 +8,6 @@ from pydantic_core import PydanticCustomError
 
 from api import grammars
 from api.schemas.fields import (
-    FALSE,
     MAX_TOOLS,
     NOTHING,
     CallModel,
@@ -20,7 +19,7 @@ from api.schemas.fields import (
 )
 from api.schemas.sampling import canonical
 from api.schemas.structured import JSONSchema
-from api.schemas.tools import forced
+from api.schemas.tools import Function, form_of_calls
 from tasks.call import Call
 from tasks.identity import MESSAGES
 
@@ -155,8 +154,9 @@ class ToolParam(WireModel):
     name: FunctionName
     description: Annotated[str, Field(max_length=16_384)] | None = None
     input_schema: Annotated[
-        dict[str, Any], Field(description="JSON Schema. Enforced where tool_choice is any or tool.")
+        dict[str, Any], Field(description="JSON Schema. Enforced if strict, or where tool_choice is any or tool.")
     ]
+    strict: bool | None = Field(None, description="Whether every use is valid by the schema.")
     type: Literal["custom"] | None = None
     cache_control: CacheControl | None = None
 
@@ -210,7 +210,6 @@ _NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "speed": (None, "standard"),
     "user_profile_id": NOTHING,
     "workspace_id": NOTHING,
-    "tools.strict": FALSE,
     "tools.input_examples": (None, []),
     "cache_control": (None, {"type": "ephemeral"}),
     "messages.content.citations": NOTHING,
@@ -283,7 +282,7 @@ class MessagesRequest(CallModel):
             if self.tools and (self.tool_choice is None or self.tool_choice.type != "none"):
                 raise PydanticCustomError("unsupported:output_config", "cannot be combined with tools")
         elif (constraint := self.constraint()) is not None and len(constraint[0]) > grammars.MAX_CHARS:
-            raise PydanticCustomError("tool_choice", "asks for too large a form")
+            raise PydanticCustomError(constraint[1], "asks for too large a form")
         return self
 
     def constraint(self) -> tuple[str, str] | None:
@@ -291,11 +290,13 @@ class MessagesRequest(CallModel):
         if self.output_config is not None and self.output_config.format is not None:
             return grammars.of_schema(self.output_config.format.schema_), "output_config"
         choice = self.tool_choice
-        if choice is None or choice.type not in ("any", "tool") or not self.tools:
+        if not self.tools or (choice is not None and choice.type == "none"):
             return None
-        schemas = {tool.name: tool.input_schema for tool in self.tools}
-        is_single = choice.type == "tool" or bool(choice.disable_parallel_tool_use)
-        return forced(schemas, "tools.{}.input_schema", name=choice.name, is_single=is_single), "tool_choice"
+        is_forced = choice is not None and choice.type in ("any", "tool")
+        is_single = choice is not None and (choice.type == "tool" or bool(choice.disable_parallel_tool_use))
+        functions = [Function(tool.name, tool.input_schema, bool(tool.strict)) for tool in self.tools]
+        name = None if choice is None else choice.name
+        return form_of_calls(functions, "tools.{}.input_schema", is_forced=is_forced, name=name, is_single=is_single)
 
     def to_call(self) -> Call:
         sampling = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}

@@ -1,89 +1,60 @@
-"""POST /v1/responses: OpenAI's request, for text in and text out."""
+"""POST /v1/responses: OpenAI's request, for text in, and text and calls of functions out."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from api import grammars
-from api.schemas.fields import COMMON_NO_EFFECT, NOTHING, EchoOptions, Label, Metadata, ModelName, WireModel
+from api.schemas.fields import (
+    COMMON_NO_EFFECT,
+    FALSE,
+    MAX_TOOLS,
+    NOTHING,
+    EchoOptions,
+    Label,
+    Metadata,
+    ModelName,
+    WireModel,
+)
+from api.schemas.response_items import Items
 from api.schemas.sampling import given_params
 from api.schemas.structured import JSONSchema
+from api.schemas.tools import FunctionDefinition, NamedFunction, form_of_calls
 from api.schemas.webhooks import ResponseWebhook
 from tasks.call import Call
-
-_ROLES = {"user", "assistant", "system", "developer"}
-_PARTS = {"input_text", "output_text", "text"}
-_MOST_ITEMS = 2048
 
 ResponseId = Annotated[str, Field(pattern=r"^resp_[0-9a-f]{32}$")]
 
 
-def _as_messages(value: Any) -> Any:
-    """A text, or items of type message as clients write them or got them from an earlier response, as
-    [{"role", "content"}, …]."""
-    if type(value) is str:
-        value = [{"role": "user", "content": value}]
-    if type(value) is not list or not value:
-        raise PydanticCustomError("validation_error", "must be a string or a list of messages")
-    return [_as_message(item) for item in value]
+class ResponseTool(FunctionDefinition):
+    """A function, without Chat Completions' wrapping."""
+
+    type: Literal["function"]
+
+    def shown(self) -> dict[str, Any]:
+        """The definition as a response repeats it."""
+        return {
+            "type": self.type,
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": bool(self.strict),
+        }
 
 
-def _as_message(item: Any) -> dict[str, str]:
-    if type(item) is not dict:
-        raise PydanticCustomError("validation_error", "must have only objects")
-    if item.get("type", "message") != "message":
-        raise PydanticCustomError("unsupported_parameter", "can only have items of type message")
-    # What an answer's own items carry beside role and content means nothing on the way back.
-    if item.keys() - {"type", "role", "content", "id", "status", "phase"}:
-        raise PydanticCustomError("validation_error", "must have messages of a role and a content, no more")
-    if type(item.get("role")) is not str or item["role"] not in _ROLES:
-        raise PydanticCustomError("validation_error", "must have messages of user, assistant, system or developer")
-    return {"role": item["role"], "content": _text_of(item.get("content"))}
+class ChosenFunction(NamedFunction):
+    """The function that must be called."""
+
+    type: Literal["function"]
 
 
-def _text_of(content: Any) -> str:
-    if type(content) is str:
-        return content
-    if type(content) is not list or not content:
-        raise PydanticCustomError("validation_error", "must have a text or a list of parts as each content")
-    for part in content:
-        if type(part) is not dict or type(part.get("type")) is not str:
-            raise PydanticCustomError("validation_error", "must have parts that are objects with a type")
-        if part["type"] not in _PARTS:
-            raise PydanticCustomError("unsupported_parameter", "can only have text parts")
-        if part.keys() - {"type", "text", "annotations", "logprobs"} or type(part.get("text")) is not str:
-            raise PydanticCustomError("validation_error", "must have text parts of a type and a text, no more")
-    return "".join(part["text"] for part in content)
-
-
-_PART_SCHEMA = {
-    "type": "object",
-    "properties": {"type": {"enum": sorted(_PARTS)}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-}
-_INPUT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "properties": {
-                    "type": {"const": "message"},
-                    "role": {"enum": sorted(_ROLES)},
-                    "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA, "minItems": 1}]},
-                },
-                "required": ["role", "content"],
-            },
-        },
-    ]
-}
-
-Messages = Annotated[
-    list[dict[str, str]], BeforeValidator(_as_messages), Field(max_length=_MOST_ITEMS), WithJsonSchema(_INPUT_SCHEMA)
-]
+def _check_kinds(value: Any) -> Any:
+    """Names what is known of OpenAI's tools and cannot be honoured."""
+    for tool in value if type(value) is list else ():
+        if type(tool) is dict and type(tool.get("type")) is str and tool["type"] != "function":
+            raise PydanticCustomError("unsupported_parameter", "can only have tools of type function")
+    return value
 
 
 class TextFormat(WireModel):
@@ -126,7 +97,7 @@ class ResponseRequest(WireModel):
     """What the answer is made from and how. `store` is true where it is not named, as with OpenAI."""
 
     model: ModelName
-    input: Messages
+    input: Items
     instructions: str | None = None
     previous_response_id: ResponseId | None = None
     background: bool | None = None
@@ -141,6 +112,16 @@ class ResponseRequest(WireModel):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None
     text: TextConfig | None = None
+    tools: (
+        Annotated[
+            list[ResponseTool],
+            BeforeValidator(_check_kinds),
+            Field(max_length=MAX_TOOLS, description="For models whose chat template knows tools."),
+        ]
+        | None
+    ) = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    parallel_tool_calls: bool | None = None
     metadata: Metadata | None = None
     webhook: ResponseWebhook | None = None
     user: Label | None = None
@@ -157,14 +138,15 @@ class ResponseRequest(WireModel):
         "conversation": NOTHING,
         "max_tool_calls": NOTHING,
         "moderation": NOTHING,
-        "parallel_tool_calls": (None, True, False),
         "prompt": NOTHING,
         "prompt_cache_options": NOTHING,
         "prompt_cache_retention": NOTHING,
         "reasoning": (None, {}, {"effort": "none"}, {"effort": None}),
         "text.verbosity": (None, "medium"),
-        "tool_choice": (None, "none", "auto"),
-        "tools": (None, []),
+        "tools.async": FALSE,
+        "tools.allowed_callers": (None, ["direct"]),
+        "tools.defer_loading": FALSE,
+        "tools.output_schema": NOTHING,
         "truncation": (None, "disabled"),
         "context_management": (None, []),
     }
@@ -179,11 +161,32 @@ class ResponseRequest(WireModel):
             raise PydanticCustomError("stream_options", "is only allowed with stream: true")
         return self
 
+    @model_validator(mode="after")
+    def _the_form_can_be_kept(self) -> "ResponseRequest":
+        if self._is_call_forced and not self.tools:
+            raise PydanticCustomError("tool_choice", "is only allowed with tools")
+        if self._callable and self._form is not None and self._form.grammar is not None:
+            raise PydanticCustomError("unsupported:text.format", "cannot be combined with tools")
+        if (constraint := self.constraint()) is not None and len(constraint[0]) > grammars.MAX_CHARS:
+            raise PydanticCustomError(constraint[1], "asks for too large a form")
+        return self
+
+    def constraint(self) -> tuple[str, str] | None:
+        """What the text must look like, as a grammar, and the field that says so."""
+        if self._callable:
+            name = self.tool_choice.name if isinstance(self.tool_choice, ChosenFunction) else None
+            is_single = name is not None or self.parallel_tool_calls is False
+            functions = [tool.as_function() for tool in self._callable]
+            where = "tools.{}.parameters"
+            return form_of_calls(functions, where, is_forced=self._is_call_forced, name=name, is_single=is_single)
+        grammar = None if self._form is None else self._form.grammar
+        return None if grammar is None else (grammar, "text.format")
+
     @property
     def is_stored(self) -> bool:
         return self.store is not False
 
-    def to_call(self, context: list[dict[str, str]] | None = None) -> Call:
+    def to_call(self, context: list[dict[str, Any]] | None = None) -> Call:
         """`context` are the turns of the responses before."""
         wants_logprobs = self.top_logprobs is not None or bool(self.include)
         logprobs = (self.top_logprobs or 0) if wants_logprobs else None
@@ -191,8 +194,12 @@ class ResponseRequest(WireModel):
         context = context or []
         shape: dict[str, Any] = {"response": self._kept(context)}
         params = given_params(self, logprobs)
-        if (form := self._form) is not None and form.grammar is not None:
-            params["grammar"], shape["constrained_by"] = form.grammar, "text.format"
+        if (constraint := self.constraint()) is not None:
+            params["grammar"], shape["constrained_by"] = constraint
+        if self._callable:
+            shape["tools"] = [tool.as_dict() for tool in self._callable]
+            if self.parallel_tool_calls is False:
+                shape["most_tool_calls"] = 1
         return Call(
             endpoint="/v1/responses",
             task="generate",
@@ -206,10 +213,24 @@ class ResponseRequest(WireModel):
         )
 
     @property
+    def _callable(self) -> list[ResponseTool]:
+        """The functions that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def _is_call_forced(self) -> bool:
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
     def _form(self) -> TextFormat | None:
         return None if self.text is None else self.text.format
 
-    def _kept(self, context: list[dict[str, str]]) -> dict[str, Any]:
+    @property
+    def _shown_choice(self) -> str | dict[str, str]:
+        choice = self.tool_choice
+        return {"type": choice.type, "name": choice.name} if isinstance(choice, ChosenFunction) else choice or "auto"
+
+    def _kept(self, context: list[dict[str, Any]]) -> dict[str, Any]:
         """What the response shows of its request. Text is kept of stored responses only."""
         kept: dict[str, Any] = {
             "background": bool(self.background),
@@ -227,10 +248,13 @@ class ResponseRequest(WireModel):
                 "previous_response_id": self.previous_response_id,
                 "context": context,
                 "input": self.input,
+                "tools": [tool.shown() for tool in self.tools or ()],
+                "tool_choice": self._shown_choice,
+                "parallel_tool_calls": self.parallel_tool_calls is not False,
             }
         return kept
 
 
-def _as_template_knows(message: dict[str, str]) -> dict[str, str]:
+def _as_template_knows(message: dict[str, Any]) -> dict[str, Any]:
     """`developer` is the newer name of `system`; chat templates know only the older."""
     return message | {"role": "system"} if message["role"] == "developer" else message

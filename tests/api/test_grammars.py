@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from api import errors, grammar_checks, grammars, schemas
 from api.grammar_checks import GrammarChecks
+from api.schemas.responses import ResponseRequest
 from tasks.call import Call
 
 CHAT = "/v1/chat/completions"
@@ -146,8 +147,48 @@ def test_calls_of_tools() -> None:
     assert "grammar" not in asked(tools=TOOLS[1:], tool_choice="auto").params
 
 
+@pytest.mark.parametrize("choice", [{}, {"tool_choice": "auto"}])
+def test_a_strict_function_is_called_validly_where_it_is_called(choice: dict[str, Any]) -> None:
+    weather = '<tool_call>{"name": "weather", "arguments": {"name": "x", "age": 1}}</tool_call>'
+    loose = '<tool_call>{"name": "now", "arguments": {"any": [1]}}</tool_call>'
+    call = asked(tools=TOOLS, **choice)
+    grammar = call.params["grammar"]
+    assert call.constrained_by == "tools"
+    said = ("", "Well.\n<b>", "a <tool_cal", weather, f"So: {weather}", f"\n{loose}\n{weather}")
+    assert all(follows(grammar, text) for text in said)
+    wrong = (
+        "<tool_call>",
+        "a <tool_call>b",
+        weather.replace("1", '"1"'),
+        weather.replace("weather", "then"),
+        f"{weather} b",
+    )
+    assert not any(follows(grammar, text) for text in wrong)
+    single = asked(tools=TOOLS, parallel_tool_calls=False, **choice).params["grammar"]
+    assert follows(single, f"x {weather}")
+    assert not follows(single, f"{weather}\n{weather}")
+    assert "grammar" not in asked(tools=TOOLS, tool_choice="none").params
+
+
+def test_forms_of_responses_are_the_same() -> None:
+    def response(**fields: Any) -> Call:
+        return schemas.read(ResponseRequest, {"model": "m", "input": "x", **fields}).to_call()
+
+    tools = [{**function, "type": "function"} for function in (WEATHER, {"name": "now"})]
+    for choice in ("auto", "required"):
+        made = response(tools=tools, tool_choice=choice)
+        same = asked(tools=TOOLS, tool_choice=choice)
+        assert (made.params["grammar"], made.constrained_by) == (same.params["grammar"], same.constrained_by)
+        assert made.format["tools"] == same.format["tools"]
+    made = response(tools=tools, tool_choice={"type": "function", "name": "now"})
+    chosen = {"type": "function", "function": {"name": "now"}}
+    assert made.params["grammar"] == asked(tools=TOOLS, tool_choice=chosen).params["grammar"]
+
+
 def test_anthropics_forms_are_the_same() -> None:
-    tools = [{"name": "weather", "input_schema": WEATHER["parameters"]}, {"name": "now", "input_schema": {}}]
+    tools: list[dict[str, Any]] = [
+        {"name": "weather", "input_schema": WEATHER["parameters"]}, {"name": "now", "input_schema": {}}
+    ]  # fmt: skip
     body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}], "tools": tools}
     any_ = schemas.parse("/v1/messages", body | {"tool_choice": {"type": "any"}})
     assert any_.params["grammar"] == asked(tools=TOOLS, tool_choice="required").params["grammar"]
@@ -155,6 +196,8 @@ def test_anthropics_forms_are_the_same() -> None:
     named = {"type": "function", "function": {"name": "now"}}
     assert one.params["grammar"] == asked(tools=TOOLS, tool_choice=named).params["grammar"]
     assert one.constrained_by == "tool_choice"
+    strict = schemas.parse("/v1/messages", {**body, "tools": [{**tools[0], "strict": True}, tools[1]]})
+    assert strict.params["grammar"] == asked(tools=TOOLS).params["grammar"]
     form = {"output_config": {"format": {"type": "json_schema", "schema": PERSON}}}
     answer = schemas.parse("/v1/messages", {name: value for name, value in body.items() if name != "tools"} | form)
     assert answer.params["grammar"] == asked(response_format=schema_format(PERSON)).params["grammar"]

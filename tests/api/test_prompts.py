@@ -15,6 +15,7 @@ import catalog
 import settings as environment
 from api import errors, prompts, schemas
 from api.prompts import ByteTokenizer, FolderTokenizer, Prompts
+from api.schemas.responses import ResponseRequest
 from api.schemas.tokenize import TokenizeRequest
 from catalog import Catalog, ModelSpec
 from tasks.call import Call
@@ -473,9 +474,19 @@ def test_a_template_may_refuse_but_not_repeat(tmp_path: Path, template: str | No
     tokenizer = tiny_folder(tmp_path, template)
     with pytest.raises(errors.InvalidPrompt) as caught:
         tokenizer.render([{"role": "user", "content": "SECRET"}])
-    assert caught.value.param == "messages"
     assert "SECRET" not in caught.value.message
     assert reason is None or reason in caught.value.message
+
+
+async def test_what_is_wrong_with_a_chat_names_its_field(encoding: Prompts, models: Catalog) -> None:
+    def response(text: str, model: str = GENERATOR) -> Call:
+        return schemas.read(ResponseRequest, {"model": model, "input": text}).to_call()
+
+    assert (await refused(encoding, models, response(" word" * CONTEXT))).param == "input"
+    # The encoder has no chat template.
+    for call, field in ((chat("hi", model=ENCODER), "messages"), (response("hi", ENCODER), "input")):
+        error = await refused(encoding, models, call)
+        assert (error.code, error.param) == ("invalid_prompt", field)
 
 
 def test_a_folder_without_a_tokenizer_is_named(models: Catalog, tmp_path: Path) -> None:

@@ -170,6 +170,56 @@ def test_a_stream_has_openais_events_and_can_be_read_again(client: openai.OpenAI
             assert list(again) == events[after + 1 :], after
 
 
+FUNCTION: Any = {
+    "type": "function", "name": "weather", "description": "Weather.", "strict": None,
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}  # fmt: skip
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+"""Echo repeats the call that it is shown, behind the definitions."""
+
+
+def test_functions_are_called_and_answer(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "echo", "input": f"go {CALL}", "tools": [FUNCTION], "max_output_tokens": 900}
+    first = client.responses.create(**asked)
+    message, call = first.output
+    assert first.status == "completed"
+    assert first.output_text.startswith("tools: [")
+    assert first.output_text.endswith("go ")
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "weather", {"city": "Paris"})
+    assert [tool.name for tool in first.tools if tool.type == "function"] == ["weather"]
+    assert client.responses.retrieve(first.id) == first
+    outcome: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    on = client.responses.create(model="echo", previous_response_id=first.id, input=[outcome], max_output_tokens=900)
+    assert on.output_text.endswith('go {"name": "weather", "arguments": {"city": "Paris"}}\ntool: sunny\n')
+    items: list[Any] = client.responses.input_items.list(on.id, order="asc").data
+    assert [item.type for item in items] == ["message", "message", "function_call", "function_call_output"]
+    assert items[2].call_id == items[3].call_id == call.call_id
+    # The same without a stored response: a client's own history.
+    history: Any = [{"role": "user", "content": asked["input"]}, message, call, outcome]
+    alone = client.responses.create(model="echo", input=history, store=False, max_output_tokens=900)
+    assert alone.output_text == on.output_text
+
+
+def test_a_stream_tells_calls_and_can_be_read_again(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "echo", "input": f"go {CALL} {CALL}", "tools": [FUNCTION], "max_output_tokens": 900}
+    with client.responses.create(**asked, background=True, stream=True, extra_body=slowly(1)) as stream:
+        events: list[Any] = list(stream)
+    assert numbers(events) == list(range(len(events)))
+    final = events[-1].response
+    assert [item.type for item in final.output] == ["message", "function_call", "function_call"]
+    assert final == client.responses.retrieve(final.id)
+    for after in (0, 3, len(events) // 2, len(events) - 5, len(events) - 1):
+        with client.responses.retrieve(final.id, stream=True, starting_after=after) as again:
+            assert list(again) == events[after + 1 :], after
+    one = client.responses.create(**asked, parallel_tool_calls=False)
+    assert [item.type for item in one.output] == ["message", "function_call"]
+    with client.responses.stream(**asked) as accumulated:
+        whole = accumulated.get_final_response()
+    calls: list[Any] = [item for item in whole.output if item.type == "function_call"]
+    assert [json.loads(call.arguments) for call in calls] == [{"city": "Paris"}] * 2
+    assert whole.output_text == final.output_text
+
+
 def test_the_clients_own_accumulation_agrees(client: openai.OpenAI) -> None:
     with client.responses.stream(model="echo", input="collected", extra_body=slowly(2)) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")

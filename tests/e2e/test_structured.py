@@ -128,6 +128,53 @@ def test_a_call_is_forced(client: openai.OpenAI, model: str) -> None:
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_strict_function_is_called_validly_or_not_at_all(client: openai.OpenAI, model: str) -> None:
+    """The model repeats what it is shown, which is no Person."""
+    wrong = '<tool_call>{"name": "remember", "arguments": {"name": "%s", "age": "old", "trade": "sailor"}}</tool_call>'
+    shown = [
+        message
+        for name in ("Ann", "Bob", "Eve")
+        for message in (
+            {"role": "user", "content": f"Remember {name}."},
+            {"role": "assistant", "content": wrong % name},
+        )
+    ]
+    messages = [*shown, {"role": "user", "content": "Remember Tom."}]
+    loose: Any = openai.pydantic_function_tool(Person, name="remember")
+    strict: Any = {"type": "function", "function": loose["function"] | {"strict": True}}
+    loose["function"]["strict"] = False
+    called = []
+    for tool in (loose, strict):
+        body = asked(model, messages=messages, tools=[tool], parallel_tool_calls=False)
+        choice = client.chat.completions.create(**body).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.tool_calls
+        called.append(choice.message.tool_calls[0].function.arguments)
+    assert json.loads(called[0]) == {"name": "Tom", "age": "old", "trade": "sailor"}
+    assert Person.model_validate_json(called[1]).name == "Tom"
+    said = client.chat.completions.create(**asked(model, max_tokens=20), tools=[strict]).choices[0]
+    assert (said.message.tool_calls, said.finish_reason) == (None, "length")
+
+
+def test_functions_of_a_response_are_called(client: openai.OpenAI) -> None:
+    function: Any = openai.pydantic_function_tool(Person, name="remember")["function"] | {"type": "function"}
+    asked_of: Any = {
+        "model": "on-gpt",
+        "input": "Who?",
+        "tools": [function],
+        "temperature": 0,
+        "max_output_tokens": 120,
+    }
+    forced = client.responses.parse(**asked_of, tool_choice="required", parallel_tool_calls=False)
+    call: Any = forced.output[-1]
+    assert call.type == "function_call"
+    assert Person.model_validate_json(call.arguments).age >= 0
+    with client.responses.stream(**asked_of, tool_choice={"type": "function", "name": "remember"}) as stream:
+        streamed: Any = stream.get_final_response().output[-1]
+    assert Person.model_validate_json(streamed.arguments).age >= 0
+
+
 def test_anthropics_parse(stack: Stack) -> None:
     with anthropic.Anthropic(base_url=stack.url, api_key=stack.secret, max_retries=0) as client:
         asked_of = [{"role": "user", "content": "Tell me about a person."}]

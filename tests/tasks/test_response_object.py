@@ -67,6 +67,71 @@ def test_replayed_events_are_the_live_ones(
     assert final["type"] == ("response.completed" if reason == "stop" else "response.incomplete")
 
 
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+@pytest.mark.parametrize("is_background", [True, False])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["So: ", "<tool", '_call>{"name": "f", ', '"arguments": {"a": 1}}', "</tool_call>"],
+        [
+            '<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+            '<tool_call>{"name": "g", "arguments": {}}</tool_call>',
+        ],
+        ["never ", "<tool_call>", "read"],
+        ["<tool_cal", "l"],
+    ],
+)
+def test_calls_are_items_behind_the_message(pieces: list[str], reason: FinishReason, is_background: bool) -> None:
+    of = origin(tools=[TOOL], background=is_background)
+    writer = stream.Writer(of.identity.job_id, stream.Broadcaster(Outbox()))  # type: ignore[arg-type]
+    output = Output([], [])
+    for step, piece in enumerate(pieces):
+        writer.write(0, output.push(Chunk((step,), piece, reason if step == len(pieces) - 1 else None)))
+    usage = usage_of(of.call, [output])
+    live = made(ResponseFrames(of), writer.pending, usage)
+    body = responses.generated(of.identity, of.call, [output])
+    again = made(ResponseFrames(of), replay.events(of.call, body, replay.encode(writer.first, writer.marks)), usage)
+    assert again == live
+    assert numbers(live) == list(range(len(live)))
+    events = [orjson.loads(frame.split(b"data: ")[1]) for frame in live]
+    whole = response_object.answered(of, body, 9)
+    assert events[-1]["response"] == whole
+    assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == whole["output"]
+    message, *calls = whole["output"]
+    deltas = [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
+    assert "".join(deltas) == message["content"][0]["text"]
+    text = "".join(pieces)
+    assert message["content"][0]["text"] == (text.partition("<tool_call>")[0] if calls else text)
+    assert len(calls) == text.count("</tool_call>")
+    assert whole["status"] == ("incomplete" if reason == "length" and not calls else "completed")
+    parsed = TypeAdapter(Response).validate_python(whole, strict=False)
+    assert [item.type for item in parsed.output] == ["message", *["function_call"] * len(calls)]
+
+
+def test_a_turn_with_calls_goes_through_items_and_back() -> None:
+    items = [
+        {"type": "message", "role": "assistant", "content": "So:"},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a":1}'},
+        {"type": "function_call", "call_id": "c2", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "sunny"},
+        {"type": "function_call", "call_id": "c3", "name": "f", "arguments": "{}"},
+    ]
+    shown = response_object.input_items(origin(input=items))
+    kept = [{name: item[name] for name in given} for item, given in zip(shown, items, strict=True)]
+    assert kept[1:] == items[1:]
+    assert kept[0]["content"][0]["text"] == "So:"
+    assert len({item["id"] for item in shown}) == len(shown)
+    again = [{"type": "message", "role": "user", "content": "hi"}, *shown]
+    asked = origin(input=again).asked["input"]
+    assert asked == [{"role": "user", "content": "hi"}, *origin(input=items).asked["input"]]
+    answer = asked[1]
+    assert [call["id"] for call in answer["tool_calls"]] == ["c1", "c2"]
+    assert response_object.turn_of(shown[:3]) == answer
+
+
 def test_a_reader_gets_what_it_does_not_have_yet() -> None:
     of = origin()
     output = Output([], [])

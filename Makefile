@@ -41,9 +41,9 @@ test: install-dev ## Run the tests against real servers and real small models (1
 	@$(RUN) -m local.models --all
 	$(RUN) -m pytest --reruns 1 -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: install-dev ## Test what takes minutes: more clients with real models, LiteLLM, vLLM's load generator, dying engines
+test-long: install-dev ## Test what takes minutes: more clients with real models, LiteLLM, OpenAI's agents, vLLM's load generator, dying engines
 	@$(RUN) -m local.models --all
-	$(RUN) -c "from benchmarks import peers; peers.install_litellm(peers.DEFAULT_FOLDER)"
+	$(RUN) -c "from benchmarks.peers import *; install_litellm(DEFAULT_FOLDER); install_agents(DEFAULT_FOLDER)"
 	$(RUN) -m pytest -m long tests/backends tests/e2e $(ARGS)
 
 faults: install-dev ## Break a stack on purpose and check what was promised (12 min)

@@ -1,4 +1,4 @@
-"""Other gateways, installed beside the project and run as their manuals say: LiteLLM's proxy and Portkey's.
+"""Other gateways, installed beside the project and run as their manuals say: LiteLLM's proxy, Portkey's. And a client.
 
 They live in a folder of their own (a virtual environment, a node_modules) and never touch the project's.
 Both listen on loopback only and speak to the no-op upstream. A peer that cannot be had raises PeerError:
@@ -27,6 +27,7 @@ INSTALL_S = 900.0
 READY_S = 120.0
 
 _LITELLM = "litellm[proxy]<=1.109.1,>=1.100"
+_AGENTS = "openai-agents==0.24.0"
 _PORTKEY = "@portkey-ai/gateway@1.15.2"
 _KEY = "sk-bench"
 
@@ -60,10 +61,18 @@ Starter = Callable[[Path, int], "contextlib.AbstractContextManager[Peer]"]
 
 def install_litellm(folder: Path) -> Path:
     """LiteLLM in a virtual environment of its own, installed if it is not there yet; the environment's folder."""
-    home = folder.absolute() / "litellm"
-    if not (home / "bin" / "litellm").exists():
+    return _installed(folder.absolute() / "litellm", "bin/litellm", _LITELLM)
+
+
+def install_agents(folder: Path) -> Path:
+    """OpenAI's Agents SDK, a client of the Responses API, likewise."""
+    return _installed(folder.absolute() / "agents", "lib/*/site-packages/agents", _AGENTS)
+
+
+def _installed(home: Path, found_by: str, requirement: str) -> Path:
+    if not any(home.glob(found_by)):
         _run([sys.executable, "-m", "venv", str(home)])
-        _run([str(home / "bin" / "pip"), "install", "--quiet", _LITELLM])
+        _run([str(home / "bin" / "pip"), "install", "--quiet", requirement])
     return home
 
 

@@ -1,5 +1,5 @@
-"""Clients that other gateways and servers bring along, each in a process of its own: LiteLLM's SDK, from its own
-virtual environment, and vLLM's load generator."""
+"""Clients that are installed beside the project or come with a server, each in a process of its own: LiteLLM's SDK and
+OpenAI's agents, from virtual environments of their own, and vLLM's load generator."""
 
 import json
 import os
@@ -40,6 +40,36 @@ print(json.dumps({
     "refused": refused,
 }))
 """
+AGENTS_PYTHON = peers.DEFAULT_FOLDER / "agents" / "bin" / "python"
+AGENTS = """
+import asyncio, json, sys
+from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
+from openai import AsyncOpenAI
+
+set_tracing_disabled(True)
+
+@function_tool(strict_mode=False)
+def weather(city: str) -> str:
+    \'\'\'Weather of a city.\'\'\'
+    return "sunny in " + city
+
+async def main(url, key):
+    async with AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0) as client:
+        common = {"model": OpenAIResponsesModel("echo", client), "model_settings": ModelSettings(max_tokens=900)}
+        caller = Agent(name="caller", instructions="Be brief.", tools=[weather],
+                       tool_use_behavior="stop_on_first_tool", **common)
+        asked = 'go <tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+        whole = await Runner.run(caller, asked)
+        streamed = Runner.run_streamed(caller, asked)
+        async for event in streamed.stream_events():
+            pass
+        other = Agent(name="other", **common)
+        history = await Runner.run(other, [*whole.to_input_list(), {"role": "user", "content": "thanks"}])
+        stored = await Runner.run(other, "again", previous_response_id=whole.last_response_id)
+    print(json.dumps([run.final_output for run in (whole, streamed, history, stored)]))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
 VLLM_BENCH = """
 import argparse, sys
 from vllm.benchmarks.serve import add_cli_args, main
@@ -69,6 +99,17 @@ def test_litellm(stack: Stack) -> None:
     assert found["text"] == "abc"
     assert found["dimensions"] == [16, 16]
     assert found["refused"]["param"] == "response_format"
+
+
+@pytest.mark.skipif(
+    not AGENTS_PYTHON.exists(), reason="OpenAI's agents are not installed beside the project: make test-long"
+)
+def test_openais_agents(stack: Stack) -> None:
+    argv = [str(AGENTS_PYTHON), "-I", "-c", AGENTS, stack.url, stack.secret]
+    whole, streamed, history, stored = json.loads(run(argv, 100).splitlines()[-1])
+    assert whole == streamed == "sunny in Paris"
+    assert history.endswith("tool: sunny in Paris\nuser: thanks\n")
+    assert stored.endswith('go {"name": "weather", "arguments": {"city": "Paris"}}\nuser: again\n')
 
 
 @pytest.mark.vllm

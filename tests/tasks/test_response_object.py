@@ -32,6 +32,15 @@ def origin(**fields: Any) -> Origin:
     return Origin(Identity(RESPONSES, uuid.uuid4(), "m", 7), call, {"k": "v"})
 
 
+def generated(of: Origin, pieces: list[str], reason: FinishReason, run: int = 0) -> tuple[stream.Writer, Output]:
+    """What a worker made of the pieces that a backend gave it."""
+    writer = stream.Writer(of.identity.job_id, stream.Broadcaster(Outbox()), run=run)  # type: ignore[arg-type]
+    output = Output([], [])
+    for step, piece in enumerate(pieces):
+        writer.write(0, output.push(Chunk((step,), piece, reason if step == len(pieces) - 1 else None)))
+    return writer, output
+
+
 def made(frames: ResponseFrames, events: Any, usage: dict[str, int]) -> list[bytes]:
     joined = frames.begin() + b"".join(map(frames.event, events)) + frames.end(usage, 9)
     return [part + b"\n\n" for part in joined.split(b"\n\n")[:-1]]
@@ -51,10 +60,7 @@ def test_replayed_events_are_the_live_ones(
     pieces: list[str], reason: FinishReason, is_background: bool, run: int
 ) -> None:
     of = origin(background=is_background)
-    writer = stream.Writer(of.identity.job_id, stream.Broadcaster(Outbox()), run=run)  # type: ignore[arg-type]
-    output = Output([], [])
-    for step, piece in enumerate(pieces):
-        writer.write(0, output.push(Chunk((step,), piece, reason if step == len(pieces) - 1 else None)))
+    writer, output = generated(of, pieces, reason, run)
     usage = usage_of(of.call, [output])
     live = made(ResponseFrames(of), writer.pending, usage)
     body = responses.generated(of.identity, of.call, [output])
@@ -86,10 +92,7 @@ TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
 )
 def test_calls_are_items_behind_the_message(pieces: list[str], reason: FinishReason, is_background: bool) -> None:
     of = origin(tools=[TOOL], background=is_background)
-    writer = stream.Writer(of.identity.job_id, stream.Broadcaster(Outbox()))  # type: ignore[arg-type]
-    output = Output([], [])
-    for step, piece in enumerate(pieces):
-        writer.write(0, output.push(Chunk((step,), piece, reason if step == len(pieces) - 1 else None)))
+    writer, output = generated(of, pieces, reason)
     usage = usage_of(of.call, [output])
     live = made(ResponseFrames(of), writer.pending, usage)
     body = responses.generated(of.identity, of.call, [output])

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -336,6 +337,29 @@ async def test_long_text_equals_short_text_put_together(encoding: Prompts, model
     inline = (await tokenised(encoding, models, embedding("a " * 250))).token_ids
     threaded = (await tokenised(encoding, models, embedding(" " * 3000 + "a " * 250))).token_ids
     assert inline == threaded
+
+
+@pytest.mark.parametrize("arguments", [{"text": "a" * 3000}, {"a" * 3000: ""}, {"many": [[1] * 400]}])
+async def test_long_calls_and_tools_are_tokenised_off_the_loop(
+    encoding: Prompts, models: Catalog, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    threads: set[int] = set()
+    render = ByteTokenizer.render
+
+    def noted(self: ByteTokenizer, *given: Any) -> Any:
+        threads.add(threading.get_ident())
+        return render(self, *given)
+
+    monkeypatch.setattr(ByteTokenizer, "render", noted)
+    function = {"name": "f", "arguments": json.dumps(arguments)}
+    answer = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": arguments}}
+    for call in (chat(answer, model=ECHO), chat("hi", model=ECHO, tools=[tool])):  # type: ignore[arg-type]
+        await refused(encoding, models, call)
+    assert threads
+    assert threading.get_ident() not in threads
+    await tokenised(encoding, models, chat("hi", model=ECHO))
+    assert threading.get_ident() in threads
 
 
 # Echo.

@@ -116,6 +116,8 @@ def read(model: type[AnyWireModel], body: dict[str, Any]) -> AnyWireModel:
         return model.model_validate(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
+    if all(problem["type"] != "extra_forbidden" for problem in problems):
+        raise _refusal(model, problems[0])
     cleaned = _without_idle_fields(model, body, problems)
     try:
         return model.model_validate(cleaned)

@@ -30,6 +30,8 @@ from settings import Settings
 ROOT = Path(__file__).parents[1]
 READY_S = 300.0
 STOP_S = 40.0
+_ASKED_TIMES = 12
+"""For each gateway that shares a port: that one of them is never asked is out of the question."""
 
 ECHO = """\
 backends:
@@ -180,17 +182,33 @@ def _stop(made: Stack, kept: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _wait(made: Stack, declared: catalog.Catalog) -> None:
+    """Until every gateway knows every model."""
     deadline = time.monotonic() + READY_S
+    gateways = [process.pid for name, process in made.processes.items() if name.startswith("gateway")]
+    # The kernel gives each connection to one of those that listen, and does not say to which.
+    wanted, seen = 1 if len(gateways) == 1 else _ASKED_TIMES * len(gateways), 0
     while True:
         states = ready_models(made.port)
-        if states and all(states.get(name) == "ready" for name in declared.models):
+        is_ready = bool(states) and all(states.get(name) == "ready" for name in declared.models)
+        seen = seen + 1 if is_ready and all(_listens(pid, made.port) for pid in gateways) else 0
+        if seen == wanted:
             return
+        if is_ready and seen:
+            continue
         for name, process in made.processes.items():
             if process.poll() is not None:
                 raise StackError(f"{name} ended:\n{_tail(made, name)}")
         if time.monotonic() > deadline:
             raise StackError(f"not ready after {READY_S:g} s: {states or 'the gateway does not answer'}")
         time.sleep(0.05)
+
+
+def _listens(pid: int, port: int) -> bool:
+    try:
+        sockets = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return False
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in sockets)
 
 
 def _key(database_url: str, tenant: str, limits: Limits = NO_LIMITS) -> str:

@@ -369,6 +369,7 @@ def _rendered(messages: _Chat, tools: _Tools | None, tokenizer: ModelTokenizer, 
             raise errors.UnsupportedParameter("The model's chat template has no place for tools.", param="tools")
         for index, message in enumerate(messages):
             if message["role"] == "tool" or "tool_calls" in message:
+                # Items of an input are merged into messages: their numbers are not the caller's.
                 where = f"{field}.{index}" if field == "messages" else field
                 raise errors.UnsupportedParameter("The model's chat template has no place for tools.", param=where)
     try:
